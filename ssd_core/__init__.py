@@ -1,0 +1,34 @@
+"""ssd-core: fused large-vocabulary losses, a sampler and a lean loop for simple self-distillation.
+
+Names are imported at first use, so that ``import ssd_core`` costs little beyond torch.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "Completion": "ssd_core.store",
+    "LinearCrossEntropyLoss": "ssd_core.nn",
+    "LossStats": "ssd_core.ops.linear_cross_entropy",
+    "Sampler": "ssd_core.sampler",
+    "SamplingParams": "ssd_core.sampling_params",
+    "SparseTarget": "ssd_core.targets",
+    "TrainConfig": "ssd_core.train",
+    "linear_cross_entropy": "ssd_core.ops.linear_cross_entropy",
+    "sample": "ssd_core.ops.sample",
+    "self_distill": "ssd_core.pipeline",
+}
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str):
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'ssd_core' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return sorted([*globals(), *_PUBLIC])

@@ -1,0 +1,116 @@
+"""Which code serves an op: records, and the choice among them.
+
+A record holds module names as strings, so that nothing is imported before it is used. ``backend="auto"`` takes the
+first record that can serve the call, in the order of the list, and logs why earlier ones could not; a backend that the
+caller names serves the call or raises with the reason.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import logging
+from collections.abc import Callable, Iterable
+
+import torch
+
+from ssd_core.checks import UsageError
+
+log = logging.getLogger("ssd_core")
+
+FLOATS = ("float64", "float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """One implementation of one op. Locations are ``"module:function"``."""
+
+    op: str
+    name: str
+    location: str
+    devices: tuple[str, ...] = ()               # device types; empty: any
+    dtypes: tuple[str, ...] = FLOATS
+    lacks: tuple[str, ...] = ()                 # options that are not in this backend yet
+    needs: str = ""                             # location of a function: None, or why the backend is unavailable
+    automatic: bool = True                      # whether "auto" may choose it
+
+    def __post_init__(self) -> None:
+        for location in filter(None, (self.location, self.needs)):
+            if location.count(":") != 1:
+                raise ValueError(f"location: expected 'module:function', got {location!r}")
+        unknown = set(self.dtypes) - set(FLOATS)
+        if unknown:
+            raise ValueError(f"dtypes: expected some of {FLOATS}, got {sorted(unknown)}")
+
+    def missing(self) -> str | None:
+        """Why this backend cannot be used here at all, or None."""
+        return _load(self.needs)() if self.needs else None
+
+    def refuses(self, device: str, dtype: torch.dtype, options: Iterable[str]) -> str | None:
+        """Why this backend cannot serve such a call, or None."""
+        if self.devices and device not in self.devices:
+            return f"it serves {' and '.join(self.devices)} tensors, not {device}"
+        dtype_name = str(dtype).removeprefix("torch.")
+        if dtype_name not in self.dtypes:
+            return f"it serves {', '.join(self.dtypes)}, not {dtype_name}"
+        lacking = [option for option in options if option in self.lacks]
+        if lacking:
+            return f"{', '.join(lacking)}: not in this backend yet"
+        return self.missing()
+
+    def load(self) -> Callable:
+        return _load(self.location)
+
+
+_CHUNKED = "ssd_core.chunked.linear_cross_entropy"
+_LATER = ("grad_filter", "grad_filter_weight", "vocab_order", "process_group")
+
+BACKENDS = (
+    Backend("linear_cross_entropy", "cpu", f"{_CHUNKED}:linear_cross_entropy_cpu", devices=("cpu",),
+            dtypes=("float32", "bfloat16"), lacks=_LATER, needs="ssd_core.native:missing"),
+    Backend("linear_cross_entropy", "torch", f"{_CHUNKED}:linear_cross_entropy", lacks=_LATER),
+    Backend("linear_cross_entropy", "reference", "ssd_core.reference.linear_cross_entropy:run", lacks=_LATER,
+            automatic=False),
+    Backend("sample", "torch", "ssd_core.chunked.sample:sample"),
+    Backend("sample", "reference", "ssd_core.reference.sample:run", devices=("cpu",), automatic=False),
+)
+
+
+def resolve(op: str, device: torch.device, dtype: torch.dtype, backend: str = "auto", options: Iterable[str] = ()):
+    """The function that serves this call. ``options`` names those that the caller set."""
+    options = tuple(options)
+    records = [record for record in BACKENDS if record.op == op]
+    names = [record.name for record in records]
+    if backend != "auto":
+        if backend not in names:
+            raise UsageError(f"backend: expected 'auto' or one of {names} for {op}, got {backend!r}")
+        record = records[names.index(backend)]
+        reason = record.refuses(device.type, dtype, options)
+        if reason:
+            raise UsageError(f"{op}: backend {backend!r} cannot serve this call: {reason}")
+        return record.load()
+    reasons = []
+    for record in records:
+        if not record.automatic:
+            continue
+        reason = record.refuses(device.type, dtype, options)
+        if reason is None:
+            if reasons:
+                _log_once(f"{op}: backend {record.name!r} serves {device.type} {dtype}; {'; '.join(reasons)}")
+            return record.load()
+        reasons.append(f"{record.name}: {reason}")
+    raise UsageError(f"{op}: no backend serves this call: {'; '.join(reasons)}")
+
+
+def _load(location: str) -> Callable:
+    module, function = location.split(":")
+    return getattr(importlib.import_module(module), function)
+
+
+_logged: set[str] = set()
+
+
+def _log_once(message: str) -> None:
+    if message not in _logged:
+        _logged.add(message)
+        log.debug(message)

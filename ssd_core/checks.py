@@ -1,0 +1,46 @@
+"""Argument checks and their wording: which argument, what was expected, what was given."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+
+class UsageError(ValueError):
+    """What was asked for cannot be done as asked (a wrong path, option, file or value). The command line exits with 2."""
+
+
+def expect(condition: bool, argument: str, expected: str, given: object) -> None:
+    """Raise ``ValueError("argument: expected ..., got ...")`` unless the condition holds."""
+    if not condition:
+        raise ValueError(f"{argument}: expected {expected}, got {given}")
+
+
+def expect_type(value: object, argument: str, types: type | tuple[type, ...], expected: str) -> None:
+    if not isinstance(value, types):
+        raise TypeError(f"{argument}: expected {expected}, got {type(value).__name__}")
+
+
+def describe(tensor: torch.Tensor) -> str:
+    """``float32 (3, 4) on cpu``"""
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)} on {tensor.device}"
+
+
+def finite_positive(value: float, argument: str) -> None:
+    expect(math.isfinite(value) and value > 0, argument, "a finite number above 0", value)
+
+
+def in_range(value: float, argument: str, low: float, high: float) -> None:
+    expect(low <= value <= high, argument, f"a number in [{low}, {high}]", value)
+
+
+def labels_in_range(labels: torch.Tensor, vocab: int, argument: str) -> None:
+    """On CPU, name the first label outside [0, V). On an accelerator that would cost a synchronisation: there the
+    loss of such a token is NaN."""
+    if labels.device.type != "cpu" or labels.numel() == 0:
+        return
+    bad = (labels < 0) | (labels >= vocab)
+    if bad.any():
+        label = labels[bad].flatten()[0].item()
+        raise IndexError(f"{argument}: expected labels in [0, {vocab}) or ignore_index, got {label}")

@@ -1,0 +1,115 @@
+"""What we need to know of a transformers causal language model."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from pathlib import Path
+
+import torch
+
+from ssd_core.checks import UsageError
+
+
+class NonFiniteError(ArithmeticError):
+    """NaN or infinity where a finite number is needed: weights, logits, a loss."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Head:
+    """The map from hidden states to logits: ``softcap * tanh(logit_scale * linear(h) / softcap)``."""
+
+    weight: torch.Tensor            # (V, D)
+    bias: torch.Tensor | None       # (V,)
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+
+def load_model(path: str | Path, dtype: torch.dtype):
+    """``(model, tokenizer)`` from a local folder (or a name that transformers resolves), checked for finite weights."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    looks_local = Path(path).exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") > 1
+    folder = Path(path).expanduser()
+    if looks_local and not folder.is_dir():
+        raise UsageError(f"model: expected a folder that from_pretrained loads, got {str(path)!r} (no such folder)")
+    if looks_local and not (folder / "config.json").exists():
+        raise UsageError(f"model: {folder} holds no config.json: not a folder that save_pretrained wrote")
+    source = folder if looks_local else path
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(f"model: {path} cannot be loaded: {error}") from error
+    check_finite(model)
+    return model.eval(), tokenizer
+
+
+def check_finite(model: torch.nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise NonFiniteError(f"model: the weights hold NaN or infinity, first in {name}")
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """A hash of shapes and of sampled values of all weights: tells one model's samples from another's."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        some = flat[:: max(1, flat.numel() // 4096)].float().cpu()
+        digest.update(f"{name} {tuple(parameter.shape)} ".encode())
+        digest.update(some.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def context_length(model) -> int | None:
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def eos_token_ids(model, tokenizer) -> list[int]:
+    """Every id that ends a sequence: the generation config may name more than the tokenizer does."""
+    found = {tokenizer.eos_token_id}
+    for config in (getattr(model, "generation_config", None), model.config):
+        ids = getattr(config, "eos_token_id", None)
+        found.update(ids if isinstance(ids, (list, tuple)) else [ids])
+    found.discard(None)
+    if not found:
+        raise UsageError("tokenizer: expected an end-of-sequence token, got none: set tokenizer.eos_token")
+    return sorted(found)
+
+
+def body(model) -> torch.nn.Module:
+    """The model without its head: ``body(model)(input_ids).last_hidden_state``."""
+    return model.base_model
+
+
+def head(model) -> Head:
+    """The head, with the logit scale and softcap that the model applies; checked against the model's own logits."""
+    layer = model.get_output_embeddings()
+    config = model.config.get_text_config()
+    logit_scale = getattr(config, "logit_scale", None) or 1.0                  # Cohere
+    if getattr(config, "logits_scaling", None):                                # Granite
+        logit_scale = logit_scale / config.logits_scaling
+    found = Head(layer.weight, getattr(layer, "bias", None), logit_scale,
+                 getattr(config, "final_logit_softcapping", None))             # Gemma 2
+    _check_head(model, found)
+    return found
+
+
+@torch.no_grad()
+def _check_head(model, found: Head) -> None:
+    was_training = model.training
+    model.eval()
+    ids = torch.arange(4, device=found.weight.device).remainder(found.weight.shape[0]).unsqueeze(0)
+    expected = model(input_ids=ids, use_cache=False).logits.float()
+    hidden = body(model)(input_ids=ids, use_cache=False).last_hidden_state
+    logits = found.logit_scale * torch.nn.functional.linear(hidden, found.weight, found.bias).float()
+    if found.softcap is not None:
+        logits = found.softcap * torch.tanh(logits / found.softcap)
+    model.train(was_training)
+    tolerance = 2e-2 if found.weight.dtype != torch.float32 else 1e-4
+    error = (logits - expected).norm() / expected.norm()
+    if not error <= tolerance:
+        raise UsageError(
+            f"model: {type(model).__name__} does not compute its logits as softcap * tanh(scale * linear(hidden)): "
+            f"ours differ by {error:.1e}, so its loss cannot be fused")
