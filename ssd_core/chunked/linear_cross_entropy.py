@@ -35,6 +35,7 @@ def linear_cross_entropy(
     if needs[2]:
         d_bias = input.new_zeros(vocab, dtype=wide)
 
+    bias = None if linear_bias is None else linear_bias.to(wide)
     buffer = input.new_empty(min(chunks.rows, count), vocab)
     for start in range(0, count, chunks.rows):
         part = slice(start, min(start + chunks.rows, count))
@@ -43,7 +44,7 @@ def linear_cross_entropy(
         logits = buffer[: x.shape[0]]
         torch.mm(x, linear_weight.t(), out=logits)
         found = row_pass(
-            logits, linear_bias, ids[index].long(), None if probs is None else probs[index], class_weight,
+            logits, bias, ids[index].long(), None if probs is None else probs[index].to(wide), class_weight,
             None if row_scale is None else row_scale[part], softcap=softcap or 0.0, **options)
         for result, values in zip(results, found, strict=True):
             result[part] = values

@@ -53,10 +53,11 @@ class Sampler:
 
     def groups(
         self, prompts: Iterable, *, round: int = 0, purpose: str = "sample", skip: int = 0,
-        on_step: Callable[[int], None] = lambda drawn: None,
+        on_step: Callable[[int, int], None] = lambda drawn, finished: None,
     ) -> Iterator[list[Completion]]:
         """The same in lists of up to ``batch_size`` completions. ``skip`` leaves out that many groups; ``on_step`` is
-        called with the number of tokens that each step drew; ``round`` and ``purpose`` enter the seeds.
+        called with the number of tokens that each step drew and of completions that it finished; ``round`` and ``purpose``
+        enter the seeds.
         """
         for requests in self.plan(prompts, round=round, purpose=purpose)[skip:]:
             was_training = self.model.training
@@ -74,7 +75,7 @@ class Sampler:
             ids = self.encode(prompt)
             expect(len(ids) > 0, f"prompts[{index}]", "at least one token", "none")
             if context is not None and len(ids) >= context:
-                raise UsageError(f"prompts[{index}]: expected fewer tokens than the context of {context}, got {len(ids)}")
+                raise UsageError(f"prompts[{index}]: expected fewer than the context's {context} tokens, got {len(ids)}")
             requests += [
                 Request(index, s, tuple(ids), sequence_seed(self.params.seed, round, purpose, ids, s))
                 for s in range(self.params.num_return_sequences)
@@ -103,12 +104,12 @@ class Sampler:
             logits = self._adjust(logits, position, seen)
             drawn = self._draw(logits, seeds, position, requests, live)
             records.write(live, position, drawn)
-            on_step(len(live))
             finished = torch.isin(drawn.token, self.eos).tolist()
             for row, request in enumerate(live):
                 finished[row] = finished[row] or self._stopped(records.tokens(request))
-            keep = self._survivors(finished)
-            if not keep or position + 1 == limit:
+            keep = [] if position + 1 == limit else self._survivors(finished)
+            on_step(len(live), len(live) - len(keep))
+            if not keep:
                 break
             token = drawn.token
             if seen is not None:

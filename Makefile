@@ -1,0 +1,40 @@
+# make demo | test: each does all the set-up that it needs. The rest is for developers.
+
+# PYTHON=... or an active virtual environment is used as it is; otherwise .venv is made.
+PYTHON ?= $(if $(VIRTUAL_ENV),$(VIRTUAL_ENV)/bin/python,)
+VENV := .venv
+RUN := $(if $(PYTHON),$(PYTHON),$(VENV)/bin/python) -P -m
+DEMO := demo
+export TORCH_INDEX_URL
+
+.PHONY: demo test test-all lint build fresh clean setup
+
+demo: setup
+	$(RUN) ssd_core.data.smollm2 $(DEMO)/SmolLM2-135M-Instruct
+	$(RUN) ssd_core.cli run --model $(DEMO)/SmolLM2-135M-Instruct --prompts demo --problems demo --preset demo \
+		--out $(DEMO)/run --resume
+
+test: setup
+	$(RUN) pytest -m "not all"
+
+# every instruction set, packaging in environments of its own, killed and resumed runs
+test-all: setup
+	$(RUN) pytest -m all
+
+lint: setup
+	$(RUN) ruff check .
+
+setup:
+	@.ci/setup "$(PYTHON)" $(VENV)
+
+# the extension anew, for the torch that is installed now
+build: setup
+	$(RUN) pip install --quiet --no-build-isolation --no-deps --force-reinstall -e .
+
+# the committed tree in an empty folder, as a stranger meets it
+fresh:
+	folder=$$(mktemp -d) && git clone --quiet . $$folder/ssd-core && cd $$folder/ssd-core && \
+		env -u VIRTUAL_ENV -u PYTHONPATH $(MAKE) demo test && rm -rf $$folder
+
+clean:
+	rm -rf build dist $(VENV) *.egg-info ssd_core/_build.json ssd_core/*.so

@@ -1,0 +1,1 @@
+"""Benchmarks against peers, installed as ``ssd_core.bench``."""
