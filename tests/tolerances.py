@@ -6,7 +6,7 @@ same dtype, times a factor for chance, plus float32 rounding. Errors are ``norm(
 
 import torch
 
-FACTOR = 1.1
+FACTOR = 1.25     # chance, on problems of some hundred rows
 ROUNDING = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2e-6, torch.float16: 2e-6}
 LOSS = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 

@@ -44,7 +44,7 @@ def linear_cross_entropy(
         logits = buffer[: x.shape[0]]
         torch.mm(x, linear_weight.t(), out=logits)
         found = row_pass(
-            logits, bias, ids[index].long(), None if probs is None else probs[index].to(wide), class_weight,
+            logits, bias, ids[index].long(), None if probs is None else probs[index], class_weight,
             None if row_scale is None else row_scale[part], softcap=softcap or 0.0, **options)
         for result, values in zip(results, found, strict=True):
             result[part] = values

@@ -25,13 +25,14 @@ class _Reduced(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, input, linear_weight, linear_bias, run, needs, row_weight, scale):
-        # float16 gradients of a mean underflow: there the scale waits for the backward, after loss scaling
+        # float16 gradients of a mean underflow: there the scale's power of two, which rounds nothing, waits for the
+        # backward, after loss scaling
         late = input.dtype == torch.float16
-        row_scale = row_weight if late else row_weight * scale
+        early_scale, exponent = torch.frexp(scale) if late else (scale, None)
         loss, nll, lse, *grads = run(
-            input, linear_weight, linear_bias, row_scale=row_scale if any(needs) else None, needs=needs,
-            keep_float32=late)
-        ctx.save_for_backward(*grads, scale if late else None)
+            input, linear_weight, linear_bias, row_scale=row_weight * early_scale if any(needs) else None,
+            needs=needs, keep_float32=late)
+        ctx.save_for_backward(*grads, torch.ldexp(torch.ones_like(scale), exponent) if late else None)
         ctx.dtypes = [None if t is None else t.dtype for t in (input, linear_weight, linear_bias)]
         ctx.mark_non_differentiable(nll, lse)
         return (loss * row_weight).sum() * scale, nll, lse
@@ -41,7 +42,8 @@ class _Reduced(torch.autograd.Function):
         _refuse_create_graph()
         *grads, late_scale = ctx.saved_tensors
         scale = grad_loss if late_scale is None else grad_loss * late_scale
-        # in place only if nobody comes back for these gradients
+        # In place only if nobody comes back for these gradients. 16-bit ones are rounded once more unless the scale
+        # is a power of two: the price of computing them before it is known.
         kept = torch._C._autograd._get_current_graph_task_keep_graph()
         if not kept and scale.device.type == "cpu" and scale.item() == 1:
             scaled = grads
@@ -152,8 +154,8 @@ def linear_cross_entropy(
 
     shape = target.shape
     vocab = linear_weight.shape[0]
-    ids, probs, valid = _token_targets(target, ignore_index, tail, vocab, weight)
     wide = torch.float64 if input.dtype == torch.float64 else torch.float32
+    ids, probs, valid = _token_targets(target, ignore_index, tail, vocab, weight, wide)
     token_weights = torch.ones(shape, dtype=wide, device=input.device) if token_weight is None else token_weight
     if shift:
         valid, ids, token_weights = _shifted(valid), _shifted(ids, -2), _shifted(token_weights)
@@ -229,7 +231,7 @@ def _check_tensors(input, linear_weight, linear_bias, weight, target, token_weig
         checks.expect(same, name, f"a tensor on {input.device} like input", None if same else tensor.device)
 
 
-def _token_targets(target, ignore_index, tail, vocab, weight):
+def _token_targets(target, ignore_index, tail, vocab, weight, wide):
     """ids (..., K), probs (..., K) or None for hard labels, and which tokens count (...)."""
     if isinstance(target, torch.Tensor):
         checks.expect(tail == "none", "tail", "'none' with hard labels", repr(tail))
@@ -239,7 +241,7 @@ def _token_targets(target, ignore_index, tail, vocab, weight):
     checks.expect(weight is None, "weight", "None with a SparseTarget", "class weights")
     used = target.probs > 0
     checks.labels_in_range(target.ids[used], vocab, "target.ids")
-    probs = target.probs.float() if target.probs.dtype != torch.float64 else target.probs
+    probs = target.probs.to(wide)
     if probs.device.type == "cpu":
         checks.expect(not (probs < 0).any(), "target.probs", "weights of at least 0", "a negative one")
     if tail == "renormalise":

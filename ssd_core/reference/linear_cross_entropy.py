@@ -15,10 +15,21 @@ def linear_cross_entropy(
     ``linear_bias`` and ``class_weight`` (V,) or None. Computed in float64 when given float64, else in float32.
     """
     wide = torch.float64 if input.dtype == torch.float64 else torch.float32
-    z = input.to(wide) @ linear_weight.to(wide).T                                   # (N, V)
+    u = input.to(wide) @ linear_weight.to(wide).T                                   # (N, V)
     if linear_bias is not None:
-        z = z + linear_bias.to(wide)
-    z = logit_scale * z
+        u = u + linear_bias.to(wide)
+    return cross_entropy(
+        u, ids, probs, class_weight=class_weight, label_smoothing=label_smoothing, temperature=temperature,
+        logit_scale=logit_scale, softcap=softcap, z_loss=z_loss, bucket=bucket)
+
+
+def cross_entropy(
+    u, ids, probs, *, class_weight=None, label_smoothing=0.0, temperature=1.0, logit_scale=1.0, softcap=None,
+    z_loss=0.0, bucket=False,
+):
+    """The same of the head's outputs ``u`` (N, V) float32 or float64."""
+    wide = u.dtype
+    z = logit_scale * u
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
     z = z / temperature

@@ -1,0 +1,629 @@
+"""Every backend of the op against the float64 definition. A backend joins by one line in BACKENDS."""
+
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tolerances import FACTOR, LOSS, ROUNDING, error, row_errors
+
+from ssd_core import LinearCrossEntropyLoss, SparseTarget, linear_cross_entropy, native
+from ssd_core.checks import UsageError
+from ssd_core.reference.linear_cross_entropy import cross_entropy as of_logits
+from ssd_core.reference.linear_cross_entropy import linear_cross_entropy as definition
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+BACKENDS = ["torch", "cpu"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+SERVES = {"cpu": (torch.float32, torch.bfloat16)}
+
+
+def test_the_extension_is_built():
+    """Where there is a compiler, a missing backend "cpu" must not pass as tests that did not run."""
+    assert native.missing() is None
+
+
+def cases():
+    for backend in BACKENDS:
+        for dtype in SERVES.get(backend, DTYPES):
+            yield pytest.param(backend, dtype, id=f"{backend}-{str(dtype)[6:]}")
+
+
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
+each_case = pytest.mark.parametrize(("backend", "dtype"), list(cases()))
+
+
+def problem(n=131, d=32, v=601, dtype=torch.float32, seed=0, bias=True, ignored=0.2):
+    """Hidden states, weight, bias and hard labels; some labels are ignored."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, d, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
+    w = (2 * torch.randn(v, d, generator=g, dtype=torch.float64) / d**0.5).to(dtype).requires_grad_()
+    b = torch.randn(v, generator=g, dtype=torch.float64).to(dtype).requires_grad_() if bias else None
+    y = torch.randint(v, (n,), generator=g)
+    y[torch.rand(n, generator=g) < ignored] = -100
+    return x, w, b, y
+
+
+def soft(n, v, k=5, total=1.0, seed=1, dtype=torch.float32):
+    g = torch.Generator().manual_seed(seed)
+    k = min(k, v)
+    ids = torch.stack([torch.randperm(v, generator=g)[:k] for _ in range(n)]).int()
+    probs = torch.rand(n, k, generator=g) + 0.05
+    probs = total * probs / probs.sum(-1, keepdim=True)
+    probs[::7] = 0                                          # ignored tokens
+    return SparseTarget(ids, probs.to(dtype))
+
+
+def expected(x, w, b, target, *, upstream=1.0, reduction="mean", weight=None, token_weight=None, wide=torch.float64,
+             tail="none", **options):
+    """Loss and gradients by the definition: in float64, or (``wide=None``) unfused in the given dtype."""
+    leaves = [None if t is None else t.detach().to(wide or t.dtype).requires_grad_() for t in (x, w, b)]
+    if isinstance(target, SparseTarget):
+        ids, probs, valid = target.ids.long(), target.probs.to(wide or torch.float32), (target.probs > 0).any(-1)
+        if tail == "renormalise":
+            probs = probs / probs.sum(-1, keepdim=True).clamp_min(1e-30)
+        counted = torch.ones(len(valid))
+    else:
+        ids, probs, valid = target.clamp_min(0).unsqueeze(-1), None, target != -100
+        counted = torch.ones(len(valid)) if weight is None else weight[ids[:, 0]]
+    if wide is None:    # 16-bit logits, as eager PyTorch has them
+        u = F.linear(*leaves)
+        u = u if u.dtype == torch.float64 else u.float()
+        loss, *_ = of_logits(u, ids, probs, class_weight=weight, bucket=tail == "bucket", **options)
+    else:
+        loss, *_ = definition(leaves[0], leaves[1], ids, probs, linear_bias=leaves[2], bucket=tail == "bucket",
+                              class_weight=None if weight is None else weight.to(wide), **options)
+    factor = (torch.ones(len(valid)) if token_weight is None else token_weight).double()
+    loss = torch.where(valid, loss * factor, 0)
+    if reduction != "none":
+        loss = loss.sum()
+    if reduction == "mean":
+        loss = loss / (counted * factor)[valid].sum()
+    wanted = [t for t in leaves if t is not None]
+    grads = torch.autograd.grad(loss, wanted, torch.as_tensor(upstream).to(loss.dtype).expand_as(loss))
+    return loss.detach(), grads
+
+
+def check(backend, dtype, x, w, b, target, *, upstream=1.0, unfused=True, **options):
+    """Loss and gradients of a backend are as near the float64 truth as the unfused op's at this dtype."""
+    true_loss, true_grads = expected(x, w, b, target, upstream=upstream, **options)
+
+    loss = linear_cross_entropy(x, w, target, linear_bias=b, backend=backend, **options)
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert error(loss.detach(), true_loss) <= LOSS[dtype]
+    leaves = [t for t in (x, w, b) if t is not None]
+    up = torch.as_tensor(upstream, dtype=loss.dtype).expand_as(loss)
+    grads = torch.autograd.grad(loss, leaves, up)
+    _, plain = expected(x, w, b, target, upstream=upstream, wide=None, **options)
+    for name, leaf, grad, true, eager in zip("xwb", leaves, grads, true_grads, plain, strict=False):
+        assert grad.dtype == leaf.dtype and grad.shape == leaf.shape
+        bound = FACTOR * error(eager, true) + ROUNDING[dtype]
+        assert error(grad, true) <= bound, name
+        if grad.ndim == 2 and true.any():
+            ours, theirs = row_errors(grad, true), row_errors(eager, true)
+            for quantile in (0.5, 0.99):
+                limit = 1.5 * theirs.quantile(quantile) + 10 * ROUNDING[dtype]
+                assert ours.quantile(quantile) <= limit, (name, quantile)
+
+
+# -- options ----------------------------------------------------------------------------------------------------------
+
+
+@each_case
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_hard_labels(backend, dtype, reduction):
+    x, w, b, y = problem(dtype=dtype)
+    upstream = torch.linspace(-2, 3, len(y), dtype=torch.float64) if reduction == "none" else -2.0
+    check(backend, dtype, x, w, b, y, reduction=reduction, upstream=upstream)
+
+
+@each_case
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(("tail", "total"), [
+    ("none", 1.0), ("none", 0.6), ("renormalise", 0.6), ("bucket", 0.6), ("bucket", 1.0)])
+def test_sparse_targets(backend, dtype, reduction, tail, total):
+    x, w, b, y = problem(dtype=dtype)
+    check(backend, dtype, x, w, b, soft(len(y), w.shape[0], total=total), reduction=reduction, tail=tail)
+
+
+@each_case
+@pytest.mark.parametrize("options", [
+    {"label_smoothing": 0.1}, {"temperature": 1.7}, {"logit_scale": 0.4}, {"softcap": 2.0}, {"z_loss": 0.01},
+    {"softcap": 3.0, "logit_scale": 1.5, "temperature": 0.7, "z_loss": 1e-3, "label_smoothing": 0.2},
+], ids=lambda options: "-".join(options))
+@pytest.mark.parametrize("kind", ["hard", "sparse"])
+def test_options(backend, dtype, options, kind):
+    x, w, b, y = problem(dtype=dtype)
+    target = y if kind == "hard" else soft(len(y), w.shape[0])
+    check(backend, dtype, x, w, b, target, **options)
+
+
+@each_case
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_class_weights_and_token_weights(backend, dtype, smoothing):
+    x, w, b, y = problem(dtype=dtype)
+    weight = torch.rand(w.shape[0]) + 0.1
+    token_weight = torch.rand(len(y)) * 2
+    check(backend, dtype, x, w, b, y, weight=weight, token_weight=token_weight, label_smoothing=smoothing)
+
+
+@each_backend
+def test_default_options_equal_pytorch(backend):
+    x, w, b, y = problem(n=24)
+    x3, y3 = x.view(2, 12, -1), y.view(2, 12)
+    loss = linear_cross_entropy(x3, w, y3, linear_bias=b, backend=backend)
+    torch.testing.assert_close(loss, F.cross_entropy(F.linear(x, w, b), y))
+    options = torch.nn.LinearCrossEntropyOptions() if hasattr(torch.nn, "LinearCrossEntropyOptions") else None
+    if options:
+        torch.testing.assert_close(loss, F.linear_cross_entropy(x, w, y, linear_bias=b, options=options))
+
+
+@each_case
+def test_without_bias(backend, dtype):
+    x, w, _, y = problem(dtype=dtype, bias=False)
+    check(backend, dtype, x, w, None, y)
+
+
+# -- shapes -----------------------------------------------------------------------------------------------------------
+
+
+@each_backend
+@pytest.mark.parametrize("v", [1, 7, 50257, 128256, 151936, 262144])
+@pytest.mark.parametrize("n", [1, 5])
+def test_vocabulary_sizes(backend, v, n):
+    x, w, b, y = problem(n=n, d=8, v=v, ignored=0)
+    check(backend, torch.float32, x, w, b, y)
+
+
+@each_backend
+def test_vocabulary_sizes_sparse(backend):
+    for v in (1, 7, 262144):
+        x, w, b, y = problem(n=3, d=8, v=v, ignored=0)
+        check(backend, torch.float32, x, w, b, soft(3, v, total=0.9), tail="bucket")
+
+
+@each_backend
+def test_unbatched_and_many_dimensions(backend):
+    x, w, b, y = problem(n=24, ignored=0)
+    flat = linear_cross_entropy(x, w, y, linear_bias=b, reduction="none", backend=backend)
+    cube = linear_cross_entropy(
+        x.view(2, 3, 4, -1), w, y.view(2, 3, 4), linear_bias=b, reduction="none", backend=backend)
+    assert cube.shape == (2, 3, 4)
+    torch.testing.assert_close(cube.flatten(), flat)
+    torch.testing.assert_close(linear_cross_entropy(x[0], w, y[0], linear_bias=b, backend=backend), flat[0])
+
+
+@each_backend
+def test_strided_inputs(backend):
+    x, w, b, y = problem(n=20, d=16)
+    reference = linear_cross_entropy(x, w, y, linear_bias=b, backend=backend)
+    true = torch.autograd.grad(reference, (x, w, b))
+    wide = torch.randn(20, 40)
+    wide[:, 3:35:2] = x.detach()
+    strided_x = wide[:, 3:35:2].requires_grad_()
+    strided_w = w.detach().T.contiguous().T.requires_grad_()
+    strided_b = torch.stack([b.detach(), b.detach()], 1)[:, 0].requires_grad_()
+    strided_y = torch.stack([y, y], 1)[:, 1]
+    assert not (strided_x.is_contiguous() or strided_w.is_contiguous() or strided_y.is_contiguous())
+    loss = linear_cross_entropy(strided_x, strided_w, strided_y, linear_bias=strided_b, backend=backend)
+    torch.testing.assert_close(loss, reference)
+    for grad, expected_grad in zip(torch.autograd.grad(loss, (strided_x, strided_w, strided_b)), true, strict=True):
+        torch.testing.assert_close(grad, expected_grad)
+
+
+@each_backend
+def test_no_tokens_at_all(backend):
+    x, w, b, y = problem(n=0)
+    loss = linear_cross_entropy(x, w, y, linear_bias=b, backend=backend)
+    grads = torch.autograd.grad(loss, (x, w, b))
+    assert loss == 0 and all((g == 0).all() for g in grads)
+
+
+# -- what counts ------------------------------------------------------------------------------------------------------
+
+
+@each_case
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("kind", ["hard", "sparse"])
+def test_all_ignored_is_zero_not_nan(backend, dtype, reduction, kind):
+    """cut-cross-entropy divides by zero without valid labels; a masked micro-batch must not end a run."""
+    x, w, b, y = problem(dtype=dtype)
+    target = torch.full_like(y, -100)
+    if kind == "sparse":
+        target = SparseTarget(torch.zeros(len(y), 3, dtype=torch.int32), torch.zeros(len(y), 3))
+    loss = linear_cross_entropy(x, w, target, linear_bias=b, reduction=reduction, backend=backend)
+    assert (loss == 0).all()
+    for grad in torch.autograd.grad(loss.sum(), (x, w, b)):
+        assert (grad == 0).all()
+
+
+@each_backend
+def test_ignored_rows_meet_no_product(backend):
+    """NaN hidden states at ignored positions (padding) reach neither loss nor gradients."""
+    x, w, b, y = problem()
+    reference = linear_cross_entropy(x, w, y, linear_bias=b, backend=backend)
+    true = torch.autograd.grad(reference, (w, b))
+    dirty = x.detach().clone()
+    dirty[y == -100] = torch.nan
+    dirty.requires_grad_()
+    loss = linear_cross_entropy(dirty, w, y, linear_bias=b, backend=backend)
+    dx, dw, db = torch.autograd.grad(loss, (dirty, w, b))
+    assert torch.equal(loss, reference) and torch.equal(dw, true[0]) and torch.equal(db, true[1])
+    assert (dx[y == -100] == 0).all() and dx.isfinite().all()
+
+
+@each_backend
+def test_any_ignore_index(backend):
+    x, w, b, y = problem(ignored=0)
+    loss = linear_cross_entropy(x, w, y, linear_bias=b, ignore_index=int(y[3]), backend=backend)
+    torch.testing.assert_close(loss, F.cross_entropy(F.linear(x, w, b), y, ignore_index=int(y[3])))
+
+
+@each_backend
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_num_items_in_batch_makes_accumulation_exact(backend, as_tensor):
+    """Micro-batches of different sizes add up to the mean over all tokens."""
+    x, w, b, y = problem(n=40)
+    whole = linear_cross_entropy(x, w, y, linear_bias=b, backend=backend)
+    true = torch.autograd.grad(whole, (w, b))
+    count = (y != -100).sum()
+    count = count if as_tensor else count.item()
+    total, dw, db = 0, 0, 0
+    for part in (slice(0, 3), slice(3, 29), slice(29, 40)):
+        loss = linear_cross_entropy(
+            x[part], w, y[part], linear_bias=b, num_items_in_batch=count, backend=backend)
+        grads = torch.autograd.grad(loss, (w, b))
+        total, dw, db = total + loss, dw + grads[0], db + grads[1]
+    torch.testing.assert_close(total, whole)
+    torch.testing.assert_close(dw, true[0])
+    torch.testing.assert_close(db, true[1])
+
+
+@each_backend
+@pytest.mark.parametrize("kind", ["hard", "sparse"])
+def test_shift_predicts_the_next_token(backend, kind):
+    x, w, b, y = problem(n=24)
+    x3, token_weight = x.view(2, 12, -1), torch.rand(2, 12)
+    target = y.view(2, 12)
+    if kind == "sparse":
+        flat = soft(24, w.shape[0])
+        target = SparseTarget(flat.ids.view(2, 12, -1), flat.probs.view(2, 12, -1))
+    for reduction in ("mean", "none"):
+        loss = linear_cross_entropy(x3, w, target, linear_bias=b, shift=True, reduction=reduction,
+                                    token_weight=token_weight, backend=backend)
+        by_hand = linear_cross_entropy(x3[:, :-1], w, target[:, 1:], linear_bias=b, reduction=reduction,
+                                       token_weight=token_weight[:, 1:], backend=backend)
+        assert loss.shape == by_hand.shape
+        torch.testing.assert_close(loss, by_hand)
+        ours, theirs = (torch.autograd.grad(t.sum(), (x, w)) for t in (loss, by_hand))
+        for a, e in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, e)
+
+
+@each_backend
+def test_one_hot_sparse_is_hard(backend):
+    x, w, b, y = problem()
+    one_hot = SparseTarget(y.clamp_min(0).unsqueeze(-1).int(), (y != -100).float().unsqueeze(-1))
+    hard = linear_cross_entropy(x, w, y, linear_bias=b, backend=backend)
+    loss = linear_cross_entropy(x, w, one_hot, linear_bias=b, backend=backend)
+    assert torch.equal(loss, hard)
+
+
+@each_backend
+def test_importance_weights_may_repeat_ids_and_not_sum_to_one(backend):
+    """Random-sampling distillation: m draws of weight 1 / m are the sum of m hard losses."""
+    x, w, b, _ = problem(ignored=0)
+    ids = torch.randint(w.shape[0], (len(x), 4), dtype=torch.int32)
+    ids[:, 1] = ids[:, 0]
+    loss = linear_cross_entropy(x, w, SparseTarget(ids, torch.full(ids.shape, 0.25)), linear_bias=b, backend=backend)
+    each = [linear_cross_entropy(x, w, ids[:, k].long(), linear_bias=b, backend=backend) for k in range(4)]
+    torch.testing.assert_close(loss, sum(each) / 4)
+
+
+# -- numbers ----------------------------------------------------------------------------------------------------------
+
+
+@each_backend
+@pytest.mark.parametrize("offset", [1e3, -1e3])
+def test_common_logit_offset_costs_no_digits(backend, offset):
+    """(m - z_y) + log sum, not lse - z_y: one row's loss stays right under an offset that float32 logits can hold."""
+    n, v = 4, 64
+    z = (torch.randint(-32, 32, (n, v)) / 8).float()        # exact in float32 with the offset added
+    y = torch.randint(v, (n,))
+    loss = linear_cross_entropy(torch.eye(n), (z + offset).T.contiguous(), y, reduction="none", backend=backend)
+    true = F.cross_entropy(z.double(), y, reduction="none")
+    assert error(loss, true) < 1e-6
+
+
+@each_backend
+def test_infinite_and_nan_logits(backend):
+    """-inf is probability 0; NaN and +inf make the token's loss NaN, as in PyTorch, and no other token's."""
+    v = 9
+    z = torch.randn(5, v)
+    z[0, 3] = -torch.inf
+    z[1, 2] = torch.nan
+    z[2, 4] = torch.inf
+    y = torch.tensor([1, 1, 1, 1, 3])
+    bias = torch.zeros(v)
+    # the logits enter as a bias, one row at a time: products with infinity would be NaN
+    for row in range(5):
+        loss = linear_cross_entropy(
+            torch.zeros(1, 2), torch.zeros(v, 2), y[row : row + 1], linear_bias=bias + z[row], backend=backend)
+        true = F.cross_entropy(z[row : row + 1], y[row : row + 1])
+        assert loss.isnan() == true.isnan()
+        if not true.isnan():
+            torch.testing.assert_close(loss, true)
+    z[3, 1] = -torch.inf        # the target itself
+    loss = linear_cross_entropy(torch.zeros(1, 2), torch.zeros(v, 2), y[3:4], linear_bias=z[3], backend=backend)
+    assert loss == torch.inf
+
+
+@each_backend
+def test_nan_input_reaches_its_own_row_only(backend):
+    x, w, b, y = problem(ignored=0)
+    x = x.detach()
+    x[4, 2] = torch.nan
+    loss = linear_cross_entropy(x, w, y, linear_bias=b, reduction="none", backend=backend)
+    assert loss[4].isnan() and loss[torch.arange(len(y)) != 4].isfinite().all()
+
+
+def test_float16_gradients_of_a_mean_do_not_underflow():
+    """With 2^17 items a probability of 1e-3 is 7e-9 in the mean's gradient: below float16, but not after loss scaling."""
+    x, w, b, y = problem(n=16, dtype=torch.float16, ignored=0)
+    scaling = 2.0**16
+    loss = linear_cross_entropy(x, w, y, linear_bias=b, num_items_in_batch=2**17, backend="torch")
+    grads = torch.autograd.grad(loss * scaling, (x, w, b))
+    _, true = expected(x, w, b, y, reduction="sum")
+    for grad, reference in zip(grads, true, strict=True):
+        assert error(grad.double() * 2**17 / scaling, reference) < 2e-3
+
+
+# -- memory and chunks ------------------------------------------------------------------------------------------------
+
+
+@each_case
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_results_do_not_depend_on_the_chunk_size(backend, dtype, reduction):
+    x, w, b, y = problem(n=50, v=2000, dtype=dtype)
+    results = []
+    for workspace in (None, 4 << 20, 3_300_000):
+        loss = linear_cross_entropy(
+            x, w, y, linear_bias=b, reduction=reduction, workspace_bytes=workspace, backend=backend)
+        results.append((loss.detach(), *torch.autograd.grad(loss.sum(), (x, w, b))))
+    for other in results[1:]:
+        assert error(other[0], results[0][0]) <= 1e-6
+        for a, e in zip(other[1:], results[0][1:], strict=True):
+            assert error(a, e) <= 4 * torch.finfo(dtype).eps
+
+
+def test_a_smaller_workspace_means_more_chunks(monkeypatch):
+    from ssd_core.chunked import linear_cross_entropy as chunked
+
+    chunks = []
+    row_pass = chunked.cross_entropy_rows_
+
+    def counting(logits, *args, **options):
+        chunks[-1].append(logits.shape[0])
+        return row_pass(logits, *args, **options)
+
+    monkeypatch.setattr(chunked.linear_cross_entropy, "__kwdefaults__",
+                        {**chunked.linear_cross_entropy.__kwdefaults__, "row_pass": counting})
+    x, w, b, y = problem(n=50, v=2000, ignored=0)
+    for workspace in (None, 3_300_000):
+        chunks.append([])
+        linear_cross_entropy(x, w, y, linear_bias=b, workspace_bytes=workspace, backend="torch")
+    assert chunks[0] == [50] and len(chunks[1]) > 2 and sum(chunks[1]) == 50
+
+
+@each_backend
+def test_a_workspace_that_holds_no_row_is_refused(backend):
+    x, w, b, y = problem()
+    with pytest.raises(ValueError, match=r"workspace_bytes: expected at least \d+ for one row of 601 logits, got 1000"):
+        linear_cross_entropy(x, w, y, linear_bias=b, workspace_bytes=1000, backend=backend)
+
+
+# -- autograd ---------------------------------------------------------------------------------------------------------
+
+
+@each_backend
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_two_backwards_through_one_graph(backend, reduction):
+    """Gradients saved in the forward are scaled in place only when nobody comes back for them."""
+    x, w, b, y = problem()
+    loss = linear_cross_entropy(x, w, y, linear_bias=b, reduction=reduction, backend=backend).sum()
+    first = torch.autograd.grad(loss, (x, w, b), torch.tensor(3.0), retain_graph=True)
+    first = [g.clone() for g in first]
+    second = torch.autograd.grad(loss, (x, w, b), torch.tensor(-2.0))
+    for a, e in zip(second, first, strict=True):
+        torch.testing.assert_close(a, -2 / 3 * e)
+
+
+@each_backend
+def test_gradients_of_a_retained_graph_are_the_callers_own(backend):
+    x, w, b, y = problem()
+    loss = linear_cross_entropy(x, w, y, linear_bias=b, backend=backend)
+    (first,) = torch.autograd.grad(loss, (w,), retain_graph=True)
+    expected_grad = first.clone()
+    first.zero_()
+    (second,) = torch.autograd.grad(loss, (w,))
+    assert torch.equal(second, expected_grad)
+
+
+@each_backend
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), (1, 2)])
+def test_partial_requires_grad(backend, reduction, wanted):
+    tensors = [*problem()]
+    loss = linear_cross_entropy(
+        tensors[0], tensors[1], tensors[3], linear_bias=tensors[2], reduction=reduction, backend=backend).sum()
+    true = torch.autograd.grad(loss, tensors[:3])
+    some = [t.detach().requires_grad_(i in wanted) for i, t in enumerate(tensors[:3])]
+    loss = linear_cross_entropy(
+        some[0], some[1], tensors[3], linear_bias=some[2], reduction=reduction, backend=backend).sum()
+    for i, grad in zip(wanted, torch.autograd.grad(loss, [some[i] for i in wanted]), strict=True):
+        assert torch.equal(grad, true[i])
+
+
+@pytest.mark.parametrize(("frozen", "products"), [((), 3), ((1, 2), 2), ((0,), 2), ((0, 1, 2), 1)])
+def test_products_counted(frozen, products):
+    """Three GEMMs, two with a frozen head, one without gradients."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        flops = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+                a, b = args[-2:]
+                Count.flops += 2 * a.shape[0] * a.shape[1] * b.shape[1]
+            return function(*args, **(kwargs or {}))
+
+    tensors = [*problem(ignored=0)]
+    x, w, b = (t.detach().requires_grad_(i not in frozen) for i, t in enumerate(tensors[:3]))
+    with Count():
+        loss = linear_cross_entropy(x, w, tensors[3], linear_bias=b, backend="torch")
+        if loss.requires_grad:
+            loss.backward()
+    assert Count.flops == products * 2 * x.shape[0] * x.shape[1] * w.shape[0]
+    Count.flops = 0
+    with Count(), torch.no_grad():
+        linear_cross_entropy(*(t.detach().requires_grad_() for t in (x, w)), tensors[3], backend="torch")
+    assert Count.flops == 2 * x.shape[0] * x.shape[1] * w.shape[0]
+
+
+@each_backend
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_create_graph_is_refused(backend, reduction):
+    x, w, b, y = problem()
+    loss = linear_cross_entropy(x, w, y, linear_bias=b, reduction=reduction, backend=backend).sum()
+    with pytest.raises(RuntimeError, match="create_graph=True is not supported"):
+        torch.autograd.grad(loss, (x,), create_graph=True)
+
+
+@each_backend
+def test_autocast(backend):
+    x, w, b, y = problem()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(x, w, y, linear_bias=b, backend=backend)
+    grads = torch.autograd.grad(loss, (x, w, b))
+    half = [t.detach().bfloat16().requires_grad_() for t in (x, w, b)]
+    by_hand = linear_cross_entropy(half[0], half[1], y, linear_bias=half[2], backend=backend)
+    assert torch.equal(loss, by_hand)
+    for leaf, grad, e in zip((x, w, b), grads, torch.autograd.grad(by_hand, half), strict=True):
+        assert grad.dtype == leaf.dtype and torch.equal(grad, e.to(leaf.dtype))
+
+
+@each_backend
+def test_upstream_scale_of_a_mean(backend):
+    """What DistributedDataParallel and loss scalers do to the gradient is honoured."""
+    x, w, b, y = problem()
+    plain = torch.autograd.grad(linear_cross_entropy(x, w, y, linear_bias=b, backend=backend), (x, w, b))
+    scaled = torch.autograd.grad(linear_cross_entropy(x, w, y, linear_bias=b, backend=backend) * -7.0, (x, w, b))
+    for a, e in zip(scaled, plain, strict=True):
+        torch.testing.assert_close(a, -7 * e)
+
+
+@each_backend
+def test_threads_may_call_at_once(backend):
+    inputs = [problem(seed=seed, n=64) for seed in range(4)]
+    true = [linear_cross_entropy(x, w, y, linear_bias=b, backend=backend) for x, w, b, y in inputs]
+    found = [None] * 4
+
+    def call(i):
+        x, w, b, y = inputs[i]
+        for _ in range(20):
+            found[i] = linear_cross_entropy(x, w, y, linear_bias=b, backend=backend)
+            torch.autograd.grad(found[i], (x, w, b))
+
+    threads = [threading.Thread(target=call, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(a, e) for a, e in zip(found, true, strict=True))
+
+
+# -- statistics, module, errors ---------------------------------------------------------------------------------------
+
+
+@each_backend
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_stats(backend, reduction):
+    x, w, b, y = problem()
+    loss, stats = linear_cross_entropy(
+        x, w, y, linear_bias=b, label_smoothing=0.1, reduction=reduction, return_stats=True, backend=backend)
+    z = F.linear(x, w, b).detach()
+    valid = y != -100
+    torch.testing.assert_close(stats.nll, F.cross_entropy(z, y, reduction="none"))
+    torch.testing.assert_close(stats.lse, torch.where(valid, z.logsumexp(-1), 0))
+    assert stats.denominator == valid.sum()
+    assert not (stats.nll.requires_grad or stats.lse.requires_grad)
+    torch.autograd.grad(loss.sum(), (x, w, b))
+
+
+def test_module_holds_options():
+    x, w, b, y = problem()
+    loss = LinearCrossEntropyLoss(softcap=2.0, reduction="sum")
+    assert torch.equal(loss(x, w, y, b), linear_cross_entropy(x, w, y, linear_bias=b, softcap=2.0, reduction="sum"))
+    assert "softcap=2.0" in repr(loss)
+    with pytest.raises(TypeError, match="soft_cap"):
+        LinearCrossEntropyLoss(soft_cap=2.0)
+
+
+@pytest.mark.parametrize("label", [601, -1, 10**12])
+@pytest.mark.parametrize("kind", ["hard", "sparse"])
+def test_a_label_outside_the_vocabulary_is_named(label, kind):
+    x, w, b, y = problem(ignored=0)
+    y[5] = label
+    target = y if kind == "hard" else SparseTarget(y.unsqueeze(-1), torch.ones(len(y), 1))
+    with pytest.raises(IndexError, match=rf"expected labels in \[0, 601\) or ignore_index, got {label}"):
+        linear_cross_entropy(x, w, target, linear_bias=b)
+
+
+@pytest.mark.parametrize(("change", "error_type", "message"), [
+    ({"reduction": "avg"}, ValueError, "reduction: expected 'none', 'mean' or 'sum', got 'avg'"),
+    ({"tail": "drop"}, ValueError, "tail: expected"),
+    ({"tail": "bucket"}, ValueError, "tail: expected 'none' with hard labels"),
+    ({"temperature": 0.0}, ValueError, "temperature: expected a finite number above 0, got 0.0"),
+    ({"softcap": -1.0}, ValueError, "softcap: expected"),
+    ({"label_smoothing": 1.5}, ValueError, "label_smoothing: expected a number in"),
+    ({"linear_weight": torch.zeros(601, 31)}, ValueError, r"linear_weight: expected \(V, 32\), got float32 \(601, 31\)"),
+    ({"linear_weight": torch.zeros(601, 32).double()}, ValueError, "linear_weight: expected torch.float32 like input"),
+    ({"target": torch.zeros(130, dtype=torch.int64)}, ValueError, r"target: expected \(131,\) like input"),
+    ({"target": torch.zeros(131)}, ValueError, "target: expected integer labels"),
+    ({"target": [1, 2]}, TypeError, "target: expected a tensor or a SparseTarget, got list"),
+    ({"linear_bias": torch.zeros(600)}, ValueError, r"linear_bias: expected floating point \(601,\)"),
+    ({"weight": torch.zeros(601, requires_grad=True)}, ValueError, "weight: expected a constant"),
+    ({"token_weight": torch.zeros(130)}, ValueError, "token_weight: expected"),
+    ({"backend": "cuda-graphs"}, UsageError, "backend: expected 'auto' or one of"),
+    ({"grad_filter": 0.01}, UsageError, "grad_filter: not in this backend yet"),
+    ({"grad_filter": 0.01, "backend": "torch"}, UsageError, "grad_filter: not in this backend yet"),
+    ({"process_group": object()}, UsageError, "process_group: not in this backend yet"),
+    ({"vocab_order": torch.arange(601)}, UsageError, "vocab_order: not in this backend yet"),
+])
+def test_errors_name_argument_expected_and_given(change, error_type, message):
+    x, w, b, y = problem(ignored=0)
+    arguments = {"input": x, "linear_weight": w, "target": y, "linear_bias": b, **change}
+    with pytest.raises(error_type, match=message):
+        linear_cross_entropy(arguments.pop("input"), arguments.pop("linear_weight"), arguments.pop("target"),
+                             **arguments)
+
+
+def test_a_named_backend_serves_or_raises():
+    x, w, b, y = problem(dtype=torch.float16)
+    with pytest.raises(UsageError, match="backend 'cpu' cannot serve this call: it serves float32, bfloat16, not float16"):
+        linear_cross_entropy(x, w, y, linear_bias=b, backend="cpu")
+    linear_cross_entropy(x, w, y, linear_bias=b)        # "auto" finds one that can
+
+
+def test_auto_says_why_it_fell_back(monkeypatch, caplog):
+    from ssd_core import backends
+
+    monkeypatch.setattr(native, "missing", lambda: "no compiler was there")
+    monkeypatch.setattr(backends, "_logged", set())
+    x, w, b, y = problem()
+    with caplog.at_level("DEBUG", logger="ssd_core"):
+        linear_cross_entropy(x, w, y, linear_bias=b)
+        linear_cross_entropy(x, w, y, linear_bias=b)
+    assert caplog.text.count("no compiler was there") == 1
