@@ -16,6 +16,8 @@ import typer
 import ssd_core
 from ssd_core.bench import cases, measure, peers
 
+BEGIN, END = "<!-- bench -->", "<!-- /bench -->"    # around README's table
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 Cache = Annotated[Path, typer.Option(help="folder of cached hidden states")]
 
@@ -25,6 +27,7 @@ def losses(
     tokens: int = 2048, dtypes: list[str] = ["float32", "bfloat16"],  # noqa: B006  typer's way of a default list
     samples: Annotated[int, typer.Option(help="timed calls of each variant")] = 20,
     cache: Cache = Path("build/bench"), out: Annotated[Path | None, typer.Option(help="JSON file to write")] = None,
+    readme: Annotated[Path | None, typer.Option(help="file whose table to replace")] = None,
 ):
     """Loss and gradients of SmolLM2's head on real hidden states: error, time over three bare GEMMs, extra memory."""
     result = {**_machine(), "op": "linear_cross_entropy", "tokens": tokens, "rows": []}
@@ -58,6 +61,9 @@ def losses(
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(result, indent=1) + "\n")
+    if readme:
+        before, _, rest = readme.read_text().partition(BEGIN)
+        readme.write_text(f"{before}{BEGIN}\n{table(result)}\n{END}{rest.partition(END)[2]}")
 
 
 @app.command(hidden=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -146,6 +147,8 @@ def linear_cross_entropy(
     checks.expect(tail in ("none", "renormalise", "bucket"), "tail", "'none', 'renormalise' or 'bucket'", repr(tail))
     _check_tensors(input, linear_weight, linear_bias, weight, target, token_weight)
     checks.finite_positive(temperature, "temperature")
+    checks.finite_positive(logit_scale, "logit_scale")
+    checks.expect(math.isfinite(z_loss) and z_loss >= 0, "z_loss", "a finite number, at least 0", z_loss)
     checks.in_range(label_smoothing, "label_smoothing", 0, 1)
     if softcap is not None:
         checks.finite_positive(softcap, "softcap")

@@ -140,12 +140,13 @@ def test_options(backend, dtype, options, kind):
 
 
 @each_case
-@pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_class_weights_and_token_weights(backend, dtype, smoothing):
+@pytest.mark.parametrize(("smoothing", "reduction"), [(0.0, "mean"), (0.2, "mean"), (0.2, "none")])
+def test_class_weights_and_token_weights(backend, dtype, smoothing, reduction):
     x, w, b, y = problem(dtype=dtype)
     weight = torch.rand(w.shape[0]) + 0.1
     token_weight = torch.rand(len(y)) * 2
-    check(backend, dtype, x, w, b, y, weight=weight, token_weight=token_weight, label_smoothing=smoothing)
+    check(backend, dtype, x, w, b, y, weight=weight, token_weight=token_weight, label_smoothing=smoothing,
+          reduction=reduction)
 
 
 @each_backend
@@ -586,6 +587,8 @@ def test_a_label_outside_the_vocabulary_is_named(label, kind):
     ({"tail": "drop"}, ValueError, "tail: expected"),
     ({"tail": "bucket"}, ValueError, "tail: expected 'none' with hard labels"),
     ({"temperature": 0.0}, ValueError, "temperature: expected a finite number above 0, got 0.0"),
+    ({"logit_scale": -1.0}, ValueError, "logit_scale: expected a finite number above 0, got -1.0"),
+    ({"z_loss": float("nan")}, ValueError, "z_loss: expected a finite number, at least 0, got nan"),
     ({"softcap": -1.0}, ValueError, "softcap: expected"),
     ({"label_smoothing": 1.5}, ValueError, "label_smoothing: expected a number in"),
     ({"linear_weight": torch.zeros(601, 31)}, ValueError, r"linear_weight: expected \(V, 32\), got float32 \(601, 31\)"),
