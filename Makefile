@@ -1,9 +1,10 @@
 # make demo | test: each does all the set-up that it needs. The rest is for developers.
 
-# PYTHON=... or an active virtual environment is used as it is; otherwise .venv is made.
-PYTHON ?= $(if $(VIRTUAL_ENV),$(VIRTUAL_ENV)/bin/python,)
+# PYTHON=... or an active environment (virtual, or conda's unless it is base) is used as it is; otherwise .venv is made.
+PYTHON ?= $(or $(if $(VIRTUAL_ENV),$(VIRTUAL_ENV)/bin/python),$(if $(filter-out base,$(CONDA_DEFAULT_ENV)),$(CONDA_PREFIX)/bin/python))
 VENV := .venv
-RUN := $(if $(PYTHON),$(PYTHON),$(VENV)/bin/python) -P -m
+# -P keeps this folder off the path: its `kernels` would shadow Hugging Face's package of that name.
+RUN := "$(or $(PYTHON),$(VENV)/bin/python)" -P -m
 DEMO := demo
 export TORCH_INDEX_URL
 
@@ -25,16 +26,17 @@ lint: setup
 	$(RUN) ruff check .
 
 setup:
-	@.ci/setup "$(PYTHON)" $(VENV)
+	@sh .ci/setup "$(PYTHON)" $(VENV)
 
 # the extension anew, for the torch that is installed now
 build: setup
 	$(RUN) pip install --quiet --no-build-isolation --no-deps --force-reinstall -e .
 
-# the committed tree in an empty folder, as a stranger meets it
+# the committed tree in an empty folder, as a stranger meets it; the folder stays if something fails
 fresh:
-	folder=$$(mktemp -d) && git clone --quiet . $$folder/ssd-core && cd $$folder/ssd-core && \
-		env -u VIRTUAL_ENV -u PYTHONPATH $(MAKE) demo test && rm -rf $$folder
+	folder=$$(mktemp -d) && echo "$$folder" && git clone --quiet . "$$folder/ssd-core" && cd "$$folder/ssd-core" && \
+		env -u VIRTUAL_ENV -u PYTHONPATH $(MAKE) PYTHON= demo && env -u VIRTUAL_ENV -u PYTHONPATH $(MAKE) PYTHON= test && \
+		rm -rf "$$folder"
 
 clean:
 	rm -rf build dist $(VENV) *.egg-info ssd_core/_build.json ssd_core/*.so

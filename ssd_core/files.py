@@ -23,9 +23,13 @@ def fsync(path: Path) -> None:
 def write_atomic(path: Path, data: str | bytes) -> None:
     """After a crash at any moment the file holds the old content or the new, never a part."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(data.encode() if isinstance(data, str) else data)
-    fsync(temporary)
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+        fsync(temporary)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)   # a full disk needs the room
+        raise
     fsync(path.parent)
 
 
@@ -43,14 +47,20 @@ def temporary_folder(path: Path) -> Path:
 
 
 def publish_folder(temporary: Path, path: Path) -> None:
-    """Give a finished temporary folder its name, in one step, with everything in it on disk."""
+    """Give a finished temporary folder its name, with everything in it on disk. What had the name is replaced: a kill
+    may leave the name without a folder, but never with a part of one."""
     for file in temporary.rglob("*"):
         fsync(file)
     fsync(temporary)
+    old = path.with_name(f".{path.name}.old")
+    if old.exists():                # of a killed run
+        shutil.rmtree(old)
     if path.exists():
-        shutil.rmtree(path)
+        os.replace(path, old)
     os.replace(temporary, path)
     fsync(path.parent)
+    if old.exists():
+        shutil.rmtree(old)
 
 
 def read_json(path: Path) -> object:
@@ -80,29 +90,53 @@ def read_jsonl(path: Path, *, torn_end: bool = False, opener=open) -> Iterator[t
 
 
 class AppendOnly:
-    """JSON lines that are appended and survive a kill: what follows the last whole line is cut off on opening."""
+    """JSON lines that are appended and survive a kill or a full disk: a last line without its end was never written.
+
+    Reading changes nothing, so that others may read while one process appends.
+    """
 
     def __init__(self, path: Path):
         self.path = path
-        if path.exists():
-            data = path.read_bytes()
-            whole = data.rfind(b"\n") + 1
-            if whole < len(data):
-                os.truncate(path, whole)
 
     def append(self, values: list[dict]) -> None:
-        """All lines in one write, on disk when this returns."""
-        data = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
-        with open(self.path, "ab") as file:
-            file.write(data.encode())
-            file.flush()
-            os.fsync(file.fileno())
+        """Add lines; on disk when this returns. If it raises, none was added, and it can be called again."""
+        data = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values).encode()
+        is_new = not self.path.exists()
+        whole = 0 if is_new else self._whole()
+        with open(self.path, "ab", buffering=0) as file:    # a buffer would write what is left when it is closed
+            try:
+                file.truncate(whole)
+                while data:
+                    data = data[file.write(data) :]
+                os.fsync(file.fileno())
+            except BaseException:
+                file.truncate(whole)
+                raise
+        if is_new:
+            fsync(self.path.parent)
 
     def read(self) -> list[dict]:
-        return [value for _, value in read_jsonl(self.path)] if self.path.exists() else []
+        return [value for _, value in self.numbered()]
+
+    def numbered(self) -> list[tuple[int, dict]]:
+        """Line number and value of each line."""
+        return list(read_jsonl(self.path, torn_end=True)) if self.path.exists() else []
 
     def keep(self, condition) -> None:
         """Drop the lines for which ``condition(value)`` is false."""
         if self.path.exists():
             kept = [value for value in self.read() if condition(value)]
             write_atomic(self.path, "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in kept))
+
+    def _whole(self) -> int:
+        """Bytes up to the end of the last whole line."""
+        with open(self.path, "rb") as file:
+            end = file.seek(0, os.SEEK_END)
+            while end > 0:
+                start = max(0, end - 65536)
+                file.seek(start)
+                found = file.read(end - start).rfind(b"\n")
+                if found >= 0:
+                    return start + found + 1
+                end = start
+        return 0

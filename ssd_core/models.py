@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from ssd_core.checks import UsageError
 
@@ -26,7 +29,8 @@ class Head:
 
 
 def load_model(path: str | Path, dtype: torch.dtype):
-    """``(model, tokenizer)`` from a local folder (or a name that transformers resolves), checked for finite weights."""
+    """``(model, tokenizer)`` from a local folder (or a name that transformers resolves). All weights must be there, and
+    finite."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     looks_local = Path(path).exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") > 1
@@ -38,11 +42,26 @@ def load_model(path: str | Path, dtype: torch.dtype):
     source = folder if looks_local else path
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    except (OSError, ValueError, KeyError) as error:
+        model, found = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UsageError(f"model: {path} cannot be loaded: {error}") from error
+    if found["missing_keys"]:       # transformers fills them with random numbers
+        missing = sorted(found["missing_keys"])
+        raise UsageError(f"model: {path} lacks {len(missing)} of the weights, such as {missing[0]}")
     check_finite(model)
     return model.eval(), tokenizer
+
+
+@contextlib.contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """``model.eval()`` inside; afterwards each module is in its own mode again."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def check_finite(model: torch.nn.Module) -> None:
@@ -52,17 +71,18 @@ def check_finite(model: torch.nn.Module) -> None:
 
 
 def fingerprint(model: torch.nn.Module) -> str:
-    """A hash of shapes and of sampled values of all weights: tells one model's samples from another's."""
+    """A hash of dtypes, shapes and sampled values of all weights: tells one model's samples from another's."""
     digest = hashlib.blake2b(digest_size=16)
     for name, parameter in model.named_parameters():
         flat = parameter.detach().flatten()
         some = flat[:: max(1, flat.numel() // 4096)].float().cpu()
-        digest.update(f"{name} {tuple(parameter.shape)} ".encode())
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)} ".encode())
         digest.update(some.numpy().tobytes())
     return digest.hexdigest()
 
 
 def context_length(model) -> int | None:
+    """The most tokens that a sequence may have, if the model says so."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
@@ -86,6 +106,8 @@ def body(model) -> torch.nn.Module:
 def head(model) -> Head:
     """The head, with the logit scale and softcap that the model applies; checked against the model's own logits."""
     layer = model.get_output_embeddings()
+    if layer is None or body(model) is model:
+        raise UsageError(f"model: expected a causal language model of transformers, got {type(model).__name__}")
     config = model.config.get_text_config()
     logit_scale = getattr(config, "logit_scale", None) or 1.0                  # Cohere
     if getattr(config, "logits_scaling", None):                                # Granite
@@ -98,15 +120,13 @@ def head(model) -> Head:
 
 @torch.no_grad()
 def _check_head(model, found: Head) -> None:
-    was_training = model.training
-    model.eval()
     ids = torch.arange(4, device=found.weight.device).remainder(found.weight.shape[0]).unsqueeze(0)
-    expected = model(input_ids=ids, use_cache=False).logits.float()
-    hidden = body(model)(input_ids=ids, use_cache=False).last_hidden_state
+    with evaluating(model):
+        expected = model(input_ids=ids, use_cache=False).logits.float()
+        hidden = body(model)(input_ids=ids, use_cache=False).last_hidden_state
     logits = found.logit_scale * torch.nn.functional.linear(hidden, found.weight, found.bias).float()
     if found.softcap is not None:
         logits = found.softcap * torch.tanh(logits / found.softcap)
-    model.train(was_training)
     tolerance = 2e-2 if found.weight.dtype != torch.float32 else 1e-4
     error = (logits - expected).norm() / expected.norm()
     if not error <= tolerance:

@@ -29,7 +29,11 @@ class SamplingParams:
     seed: int = dataclasses.field(default=0, metadata={"help": "seed of every draw"})
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop_strings", tuple(self.stop_strings))
+        stops = (self.stop_strings,) if isinstance(self.stop_strings, str) else tuple(self.stop_strings)
+        object.__setattr__(self, "stop_strings", stops)
+        for name in ("top_k", "max_new_tokens", "min_new_tokens", "num_return_sequences", "seed"):
+            value = getattr(self, name)
+            expect(isinstance(value, int), name, "a whole number", repr(value))
         finite = math.isfinite(self.temperature) and self.temperature >= 0
         expect(finite, "temperature", "a finite number, at least 0", self.temperature)
         expect(self.top_k >= 0, "top_k", "a whole number, at least 0", self.top_k)

@@ -9,18 +9,23 @@ dropped on opening, to be drawn again.
 from __future__ import annotations
 
 import dataclasses
-import os
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 
 from ssd_core.checks import UsageError
-from ssd_core.files import AppendOnly, fsync, read_json, write_json
+from ssd_core.files import AppendOnly, read_json, write_atomic, write_json
 from ssd_core.targets import SparseTarget
 
+FORMAT = 1
 STATISTICS = ("logprob", "sampling_logprob", "kept_mass", "entropy")
+FIELDS = {"prompt_index": int, "sample_index": int, "prompt_ids": list, "token_ids": list, "text": str,
+          "finish_reason": str}
+LINE = {**FIELDS, "group": int, "group_size": int}      # what a line must hold; it also has each statistic's mean
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,73 +46,106 @@ class Completion:
 
 
 class SampleStore:
-    """The samples of one folder. ``settings`` must equal those of samples that are already there."""
+    """The samples of one folder. With ``settings`` it can be appended to, and they must equal those of samples that are
+    already there; without, it is only read, also while another process appends.
+    """
 
     def __init__(self, folder: Path, settings: dict | None = None):
         self.folder = Path(folder)
-        manifest = self.folder / "manifest.json"
-        if settings is not None and not manifest.exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(manifest, {"format": 1, "settings": settings})
-        if not manifest.exists():
-            raise UsageError(f"{self.folder}: no samples there (manifest.json is missing)")
-        stored = read_json(manifest)["settings"]
-        if settings is not None and stored != settings:
-            names = sorted(name for name in {*stored, *settings} if stored.get(name) != settings.get(name))
-            raise UsageError(f"{self.folder}: holds samples drawn with other settings: {', '.join(names)}")
         self._lines = AppendOnly(self.folder / "completions.jsonl")
-        rows = self._lines.read()
-        whole = {row["group"] for row in rows}
-        if rows and sum(row["group"] == rows[-1]["group"] for row in rows) < rows[-1]["group_size"]:
-            torn = rows[-1]["group"]
-            self._lines.keep(lambda row: row["group"] != torn)
-            whole.discard(torn)
-        self.groups = len(whole)    # groups are drawn in order, so a count tells which
+        self._manifest(settings)
+        groups, torn = self._read()
+        self.groups = len(groups)       # groups are drawn in order, so a count tells which
+        if torn and settings is not None:
+            self._lines.keep(lambda row: row["group"] < self.groups)
 
     def append(self, completions: list[Completion]) -> None:
-        """Add the next group; on disk when this returns."""
-        group = self.groups
-        width = max((c.support.ids.shape[1] for c in completions), default=1)
-        pad = lambda t: torch.nn.functional.pad(t, (0, width - t.shape[1]))  # noqa: E731
+        """Add the next group; on disk when this returns. If it raises (a full disk), it can be called again."""
+        width = max(c.support.ids.shape[1] for c in completions)
         tensors = {name: torch.cat([getattr(c, name) for c in completions]) for name in STATISTICS}
-        tensors["support_ids"] = torch.cat([pad(c.support.ids) for c in completions])
-        tensors["support_probs"] = torch.cat([pad(c.support.probs) for c in completions])
-        path = self._targets(group)
-        temporary = path.with_suffix(".tmp")
-        save_file(tensors, temporary)
-        fsync(temporary)
-        os.replace(temporary, path)
-        fsync(self.folder)
-        self._lines.append([self._line(c, group, len(completions)) for c in completions])
+        tensors["support_ids"] = torch.cat([_pad(c.support.ids, width) for c in completions])
+        tensors["support_probs"] = torch.cat([_pad(c.support.probs, width) for c in completions])
+        write_atomic(self._targets(self.groups), save(tensors))
+        self._lines.append([_line(c, self.groups, len(completions)) for c in completions])
         self.groups += 1
-
-    @staticmethod
-    def _line(c: Completion, group: int, size: int) -> dict:
-        means = {name: round(getattr(c, name).mean().item(), 6) if c.token_ids else None for name in STATISTICS}
-        return {
-            "prompt_index": c.prompt_index, "sample_index": c.sample_index, "finish_reason": c.finish_reason,
-            "text": c.text, "prompt_ids": c.prompt_ids, "token_ids": c.token_ids, **means,
-            "group": group, "group_size": size,
-        }
 
     def __iter__(self) -> Iterator[Completion]:
         """All completions, in the order of (prompt index, sample index)."""
-        completions, group, start = [], None, 0
-        for row in self._lines.read():
-            if row["group"] != group:
-                group, start = row["group"], 0
-                path = self._targets(group)
-                if not path.exists():
-                    raise UsageError(f"{path}: missing, though completions.jsonl lists its group")
-                tensors = load_file(path)
-            part = slice(start, start + len(row["token_ids"]))
-            start = part.stop
-            completions.append(Completion(
-                **{name: row[name] for name in ("prompt_index", "sample_index", "prompt_ids", "token_ids", "text",
-                                                "finish_reason")},
-                **{name: tensors[name][part] for name in STATISTICS},
-                support=SparseTarget(tensors["support_ids"][part], tensors["support_probs"][part])))
+        completions = []
+        for group, rows in enumerate(self._read()[0]):
+            tensors = self._load(group, sum(len(row["token_ids"]) for row in rows))
+            start = 0
+            for row in rows:
+                part = slice(start, start + len(row["token_ids"]))
+                start = part.stop
+                completions.append(Completion(
+                    **{name: row[name] for name in FIELDS}, **{name: tensors[name][part] for name in STATISTICS},
+                    support=SparseTarget(tensors["support_ids"][part], tensors["support_probs"][part])))
         return iter(sorted(completions, key=lambda c: (c.prompt_index, c.sample_index)))
+
+    def _manifest(self, settings: dict | None) -> None:
+        """Write the manifest of a new folder; check that of an old one."""
+        path = self.folder / "manifest.json"
+        if not path.exists():
+            if self._lines.path.exists():
+                raise UsageError(f"{path}: missing, though completions.jsonl is there")
+            if settings is None:
+                raise UsageError(f"{self.folder}: no samples there (manifest.json is missing)")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(path, {"format": FORMAT, "settings": settings})
+            return
+        manifest = read_json(path)
+        if not (isinstance(manifest, dict) and isinstance(manifest.get("settings"), dict)):
+            raise UsageError(f"{path}: expected an object with 'format' and 'settings', got {manifest!r:.80}")
+        if manifest.get("format") != FORMAT:
+            raise UsageError(f"{path}: expected format {FORMAT}, got {manifest.get('format')!r}")
+        if settings is not None:
+            there, now = manifest["settings"], json.loads(json.dumps(settings))     # tuples become lists
+            names = sorted(name for name in {*there, *now} if there.get(name) != now.get(name))
+            if names:
+                raise UsageError(f"{self.folder}: holds samples drawn with other settings: {', '.join(names)}")
+
+    def _read(self) -> tuple[list[list[dict]], bool]:
+        """The lines of each group, and whether lines of a group that is not whole follow them."""
+        groups: list[list[dict]] = []
+        for number, row in self._lines.numbered():
+            where = f"{self._lines.path}:{number}"
+            if not (isinstance(row, dict) and all(isinstance(row.get(name), kind) for name, kind in LINE.items())):
+                raise UsageError(f"{where}: expected an object with {', '.join(LINE)}, got {json.dumps(row):.80}")
+            if not groups or len(groups[-1]) == groups[-1][0]["group_size"]:
+                groups.append([])
+            if row["group"] != len(groups) - 1:
+                raise UsageError(f"{where}: expected a line of group {len(groups) - 1}, got group {row['group']}")
+            groups[-1].append(row)
+        torn = bool(groups) and len(groups[-1]) < groups[-1][0]["group_size"]
+        return groups[:-1] if torn else groups, torn
+
+    def _load(self, group: int, tokens: int) -> dict[str, torch.Tensor]:
+        path = self._targets(group)
+        if not path.exists():
+            raise UsageError(f"{path}: missing, though completions.jsonl lists its group")
+        try:
+            tensors = load_file(path)
+        except SafetensorError as error:
+            raise UsageError(f"{path}: damaged: {error}") from None
+        expected = {*STATISTICS, "support_ids", "support_probs"}
+        if tensors.keys() != expected or any(len(tensor) != tokens for tensor in tensors.values()):
+            found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+            raise UsageError(f"{path}: expected {sorted(expected)} of {tokens} tokens each, got {found}")
+        return tensors
 
     def _targets(self, group: int) -> Path:
         return self.folder / f"targets-{group:05d}.safetensors"
+
+
+def _pad(tensor: torch.Tensor, width: int) -> torch.Tensor:
+    return torch.nn.functional.pad(tensor, (0, width - tensor.shape[1]))
+
+
+def _line(c: Completion, group: int, size: int) -> dict:
+    means = {name: round(getattr(c, name).mean().item(), 6) if c.token_ids else None for name in STATISTICS}
+    return {
+        "prompt_index": c.prompt_index, "sample_index": c.sample_index, "finish_reason": c.finish_reason,
+        "text": c.text, "prompt_ids": c.prompt_ids, "token_ids": c.token_ids, **means,
+        "group": group, "group_size": size,
+    }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 WORD = 0xFFFFFFFF
+SLACK = 1e-12       # as in the definition
 
 
 def sample(logits, seeds, positions, *, temperature, top_k, top_p, min_p, support_limit):
@@ -15,34 +16,33 @@ def sample(logits, seeds, positions, *, temperature, top_k, top_p, min_p, suppor
     """
     z = logits.float()
     rows, vocab = z.shape
-    lse = z.logsumexp(-1)
-    if not lse.isfinite().all():
+    top = z.amax(-1, keepdim=True)      # NaN if there is one
+    if not top.isfinite().all():
         raise ValueError("logits: expected finite values or -inf, with a finite maximum, got NaN or inf")
-    # -sum p log p = lse - sum p z, where p = 0 silences z = -inf
-    finite = z if z.amin().isfinite() else z.clamp_min(torch.finfo(z.dtype).min)
-    p = (z - lse.unsqueeze(-1)).exp_()
-    entropy = lse - torch.linalg.vecdot(p, finite)
+    # below the maximum, so that a common offset of all logits costs no precision; clamped as exp(-inf) * -inf is NaN
+    below = (z - top).clamp_min_(torch.finfo(z.dtype).min)
+    unnormalised = below.exp()
+    mass = unnormalised.sum(-1)
+    entropy = mass.log() - torch.linalg.vecdot(unnormalised, below) / mass      # lse - sum p z
     if temperature == 0:
-        token = z.argmax(-1)        # the first of equal maxima
-        ids = token.unsqueeze(-1)
-        ones = torch.ones_like(lse)
-        logprob = z.gather(-1, ids).squeeze(-1) - lse
-        return token, logprob, torch.zeros_like(lse), ones, entropy, ids.int(), ones.unsqueeze(-1)
+        token = z.argmax(-1)            # the first of equal maxima
+        zeros, ones = torch.zeros_like(mass), torch.ones_like(mass)
+        return token, -mass.log(), zeros, ones, entropy, token.unsqueeze(-1).int(), ones.unsqueeze(-1)
 
     # survivors (B, M) in the order (logit descending, id ascending); with no truncation at all the order is free
-    truncated = top_k or top_p < 1 or min_p > 0
+    truncated = bool(top_k) or top_p < 1 or min_p > 0
     if truncated:
         values, ids = largest(z, min(top_k or vocab, vocab))
     else:
         values, ids = z, torch.arange(vocab, device=z.device).expand(rows, vocab)
-    top = z.amax(-1, keepdim=True).double()
     tempered = (values.double() - top) / temperature
     weights = tempered.exp()
-    total = torch.exp((z / temperature).logsumexp(-1) - top.squeeze(-1) / temperature)  # of the whole vocabulary
+    total = (below / max(temperature, 1e-30)).exp_().sum(-1)        # of the whole vocabulary; float32 ends at 1e-38
     if truncated:
         share = weights / weights.sum(-1, keepdim=True)
-        before = share.cumsum(-1) - share
-        keep = (before < top_p) & (share >= min_p * share[:, :1]) & (weights > 0)
+        keep = (share >= min_p * share[:, :1]) & (weights > 0)
+        if top_p < 1:
+            keep &= share.cumsum(-1) - share < top_p - SLACK        # the mass ahead
         keep[:, 0] = True
         weights = weights.where(keep, 0)
     kept_mass = weights.sum(-1)
@@ -51,11 +51,11 @@ def sample(logits, seeds, positions, *, temperature, top_k, top_p, min_p, suppor
         weights == 0, -torch.inf)
     place = score.argmax(-1, keepdim=True)
     token = ids.gather(-1, place)
-    sampling_logprob = weights.gather(-1, place).log() - kept_mass.log().unsqueeze(-1)
-    support = record(weights, ids, place, token, support_limit, ordered=bool(truncated))
-    logprob = z.gather(-1, token).squeeze(-1) - lse
-    return (token.squeeze(-1), logprob, sampling_logprob.squeeze(-1).float(),
-            (kept_mass / total).float().clamp_max(1), entropy, *support)
+    sampling_logprob = weights.gather(-1, place).log().squeeze(-1) - kept_mass.log()
+    support = record(values, weights, ids, place, token, support_limit, ordered=truncated)
+    logprob = below.gather(-1, token).squeeze(-1) - mass.log()
+    return (token.squeeze(-1), logprob, sampling_logprob.float(), (kept_mass / total).float().clamp_max(1), entropy,
+            *support)
 
 
 def largest(z, k):
@@ -81,13 +81,13 @@ def largest(z, k):
     return values, ids
 
 
-def record(weights, ids, place, token, limit, *, ordered):
+def record(values, weights, ids, place, token, limit, *, ordered):
     """The soft target of each row, (B, K) ids and probabilities, unbiased when the support exceeds ``limit``."""
     if ordered:
         heavy, heavy_ids, heavy_place = weights[:, :limit], ids[:, :limit], place
     else:
-        heavy, heavy_ids = largest(weights.float(), min(limit, weights.shape[-1]))
-        heavy = weights.gather(-1, heavy_ids)                           # ids are 0 .. V-1 here
+        _, heavy_ids = largest(values, min(limit, values.shape[-1]))    # ids are 0 .. V-1 here
+        heavy = weights.gather(-1, heavy_ids)
         match = heavy_ids == token
         heavy_place = torch.where(match.any(-1, keepdim=True), match.int().argmax(-1, keepdim=True), limit)
     first = torch.zeros_like(heavy)

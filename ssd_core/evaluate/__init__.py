@@ -1,9 +1,9 @@
 """pass@1 on problems in HumanEval's format."""
 
-from .grade import Evaluation, grade
-from .passk import pass_at_k, wilson_interval
-from .problems import Problem, load_problems, problem_prompt, problem_stop_strings, program
-from .sandbox import Outcome, run_program
+from ssd_core.evaluate.grade import Evaluation, grade
+from ssd_core.evaluate.passk import pass_at_k, wilson_interval
+from ssd_core.evaluate.problems import Problem, load_problems, problem_prompt, problem_stop_strings, program
+from ssd_core.evaluate.sandbox import Outcome, run_program
 
 __all__ = [
     "Evaluation",

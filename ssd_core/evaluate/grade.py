@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -12,10 +11,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ..checks import UsageError
-from .passk import pass_at_k, wilson_interval
-from .problems import Problem, program
-from .sandbox import Outcome, run_program
+from ssd_core.checks import UsageError
+from ssd_core.evaluate.passk import pass_at_k, wilson_interval
+from ssd_core.evaluate.problems import Problem, program
+from ssd_core.evaluate.sandbox import Outcome, run_program
+from ssd_core.files import write_atomic
 
 DETAIL_CHARACTERS = 2000
 
@@ -62,23 +62,7 @@ class Evaluation:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write ``path`` so that a reader sees the old file or the whole new one, also after a power cut."""
-        path = Path(path)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with open(descriptor, "w", encoding="utf-8") as file:
-                file.write(self.to_json())
-                file.flush()
-                os.fchmod(descriptor, 0o644)
-                os.fsync(descriptor)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        write_atomic(Path(path), self.to_json())
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Evaluation":

@@ -3,7 +3,7 @@
 import math
 from statistics import NormalDist
 
-from ..checks import UsageError
+from ssd_core.checks import UsageError
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ..checks import UsageError
+from ssd_core.checks import UsageError
 
 FENCE = "```"
 

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checks import UsageError
+from ssd_core.checks import UsageError
 
 try:
     import resource

@@ -33,7 +33,7 @@ def sample(
     The noise is a function of (seed, position, token id) alone, so equal logits give equal tokens in any batch.
 
     Args:
-        logits: (B, V) floating point; -inf excludes a token.
+        logits: (B, V) floating point, read as float32; -inf excludes a token.
         params: temperature, top_k, top_p and min_p are used, in that order.
         seeds: (B,) int64, one per sequence (any 64 bits).
         positions: (B,) int64, the place of the token in its sequence.
@@ -41,12 +41,14 @@ def sample(
     Raises:
         ValueError: a NaN or +inf among the logits, or a row of -inf alone; an argument that does not fit.
     """
+    checks.expect_type(logits, "logits", torch.Tensor, "a tensor")
     fits = logits.ndim == 2 and logits.is_floating_point() and logits.numel() > 0
     checks.expect(fits, "logits", "floating point (B, V)", checks.describe(logits))
     checks.expect_type(params, "params", SamplingParams, "SamplingParams")
     for name, tensor in (("seeds", seeds), ("positions", positions)):
-        fits = tensor.dtype == torch.int64 and tensor.shape == logits.shape[:1]
-        checks.expect(fits, name, f"int64 ({logits.shape[0]},)", checks.describe(tensor))
+        checks.expect_type(tensor, name, torch.Tensor, "a tensor")
+        fits = (tensor.dtype, tensor.shape, tensor.device) == (torch.int64, logits.shape[:1], logits.device)
+        checks.expect(fits, name, f"int64 ({logits.shape[0]},) on {logits.device}", checks.describe(tensor))
     function = backends.resolve("sample", logits.device, logits.dtype, backend)
     *draw, ids, probs = function(
         logits.detach(), seeds, positions, temperature=params.temperature, top_k=min(params.top_k, logits.shape[1]),

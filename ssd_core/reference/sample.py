@@ -12,6 +12,7 @@ import numpy as np
 
 WORD = np.uint64(0xFFFFFFFF)
 SHIFT = np.uint64(32)
+SLACK = 1e-12   # of top_p: where tied tokens reach p exactly, the order in which a sum was taken must not decide
 
 
 class Draw(NamedTuple):
@@ -80,7 +81,9 @@ def sample(
     kept = weights[:top_k] if top_k else weights
     share = kept / kept.sum()
     before = np.cumsum(share) - share                   # mass of the tokens ahead
-    keep = (before < top_p) & (share >= min_p * share[0]) & (kept > 0)
+    keep = (share >= min_p * share[0]) & (kept > 0)
+    if top_p < 1:
+        keep &= before < top_p - SLACK
     keep[0] = True
     ids, kept = order[: len(keep)][keep], kept[: len(keep)][keep]
     probs = kept / kept.sum()
@@ -104,7 +107,7 @@ def run(logits, seeds, positions, **options):
 
     draws = [
         sample(row, int(seed), int(position), **options)
-        for row, seed, position in zip(logits.double().numpy(), seeds.tolist(), positions.tolist(), strict=True)
+        for row, seed, position in zip(logits.float().numpy(), seeds.tolist(), positions.tolist(), strict=True)
     ]
     width = max(len(draw.ids) for draw in draws)
     ids = torch.zeros(len(draws), width, dtype=torch.int32)

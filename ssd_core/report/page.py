@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..evaluate import Evaluation
+from ssd_core.evaluate import Evaluation
+from ssd_core.report.read import Completions, Run, number, read_run, section
+from ssd_core.report.verdict import NOT_RUN, changes, verdict
+
 from . import plots
-from .read import Completions, Run, number, read_run, section
-from .verdict import NOT_RUN, changes, verdict
 
 TEMPLATE = Path(__file__).with_name("template.html")
 TEXT_CHARACTERS = 1600

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from ..evaluate import Evaluation
-from .read import Completions, Run, number
+from ssd_core.evaluate import Evaluation
+from ssd_core.report.read import Completions, Run, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..checks import UsageError
-from ..evaluate import Evaluation
+from ssd_core.checks import UsageError
+from ssd_core.evaluate import Evaluation
 
 SAMPLES_SHOWN = 3
 

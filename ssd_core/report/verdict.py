@@ -4,8 +4,8 @@ import math
 import os
 from collections.abc import Iterable
 
-from ..evaluate import Evaluation
-from .read import Run, number, read_run
+from ssd_core.evaluate import Evaluation
+from ssd_core.report.read import Run, number, read_run
 
 NOT_RUN = "not run"
 

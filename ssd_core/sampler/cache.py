@@ -5,19 +5,21 @@ from __future__ import annotations
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from ssd_core.checks import UsageError
+
+RECURRENT = {"linear_attention", "conv", "mamba", "hybrid", "hybrid_sliding"}     # layer types of transformers
+
 
 class PreallocatedLayer(DynamicLayer):
     """transformers' DynamicLayer without its copy of all keys and values at every token.
 
-    ``keys`` and ``values`` (B, H, T, head_dim) are views of buffers with room for more tokens.
+    ``keys`` and ``values`` (B, H, T, head_dim) are views of buffers with room for more tokens. Only ``update`` and
+    ``batch_select_indices`` may change them.
     """
 
     def __init__(self, room: int):
         super().__init__()
-        self.room = room            # tokens still to come, at most
-
-    def lazy_initialization(self, key_states, value_states):
-        super().lazy_initialization(key_states, value_states)
+        self.room = room            # tokens after the first update, at most
         self._length = 0
         self._buffers = None
 
@@ -34,7 +36,7 @@ class PreallocatedLayer(DynamicLayer):
         return self.keys, self.values
 
     def _grow(self, key_states, value_states, length):
-        """Room for all tokens to come, but at most twice what is needed now."""
+        """Room for all tokens to come, but at most about twice what is needed now."""
         capacity = min(length + self.room, 2 * length + 64)
         old, self._buffers = self._buffers, []
         for i, new in enumerate((key_states, value_states)):
@@ -48,6 +50,8 @@ class PreallocatedLayer(DynamicLayer):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep these rows, in this order. Rows that stay in place are not copied when the batch only shrinks."""
+        if self._buffers is None:       # a layer that shares another one's keys
+            return
         rows = indices.tolist()
         moves = [(new, old) for new, old in enumerate(rows) if new != old]
         shrinks = len(rows) <= self.keys.shape[0] and all(old >= len(rows) for _, old in moves)
@@ -64,5 +68,10 @@ class PreallocatedLayer(DynamicLayer):
 def new_cache(config, room: int) -> DynamicCache:
     """transformers' cache for this model, its full-attention layers preallocated; ``room``: tokens after the prompt."""
     cache = DynamicCache(config=config)
+    other = RECURRENT & set(getattr(config.get_text_config(), "layer_types", None) or ())
+    if other or not all(hasattr(layer, "batch_select_indices") for layer in cache.layers):
+        raise UsageError(
+            f"model: expected attention layers that keep keys and values, got {type(config).__name__} with a recurrent "
+            f"state ({', '.join(sorted(other)) or 'some layers'}), which the sampler cannot handle")
     cache.layers = [PreallocatedLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache

@@ -3,6 +3,7 @@ restart meets the same batches and draws the same tokens."""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -56,58 +57,64 @@ class Sampler:
         on_step: Callable[[int, int], None] = lambda drawn, finished: None,
     ) -> Iterator[list[Completion]]:
         """The same in lists of up to ``batch_size`` completions. ``skip`` leaves out that many groups; ``on_step`` is
-        called with the number of tokens that each step drew and of completions that it finished; ``round`` and ``purpose``
-        enter the seeds.
+        called with the number of tokens that each step drew and of completions that it finished; ``round`` and
+        ``purpose`` enter the seeds.
         """
         for requests in self.plan(prompts, round=round, purpose=purpose)[skip:]:
-            was_training = self.model.training
-            self.model.eval()
-            try:
-                yield self._decode(requests, on_step)
-            finally:
-                self.model.train(was_training)
+            with models.evaluating(self.model):
+                completions = self._decode(requests, on_step)
+            yield completions
 
     def plan(self, prompts: Iterable, *, round: int = 0, purpose: str = "sample") -> list[list[Request]]:
         """The groups to come: requests sorted by prompt length, ``batch_size`` at a time."""
         context = models.context_length(self.model)
+        vocab = self.model.get_input_embeddings().weight.shape[0]
+        samples = self.params.num_return_sequences
+        times: collections.Counter[tuple[int, ...]] = collections.Counter()     # that a prompt was met before
         requests = []
         for index, prompt in enumerate(prompts):
-            ids = self.encode(prompt)
-            expect(len(ids) > 0, f"prompts[{index}]", "at least one token", "none")
+            ids = tuple(self.encode(prompt))
+            if not ids:
+                raise UsageError(f"prompts[{index}]: expected at least one token, got none")
             if context is not None and len(ids) >= context:
-                raise UsageError(f"prompts[{index}]: expected fewer than the context's {context} tokens, got {len(ids)}")
-            requests += [
-                Request(index, s, tuple(ids), sequence_seed(self.params.seed, round, purpose, ids, s))
-                for s in range(self.params.num_return_sequences)
-            ]
+                raise UsageError(f"prompts[{index}]: expected less than the context's {context} tokens, got {len(ids)}")
+            if not 0 <= min(ids) <= max(ids) < vocab:
+                raise UsageError(f"prompts[{index}]: expected ids in [0, {vocab}), got {min(ids)} to {max(ids)}")
+            for s in range(samples):
+                seed = sequence_seed(self.params.seed, round, purpose, ids, times[ids] * samples + s)
+                requests.append(Request(index, s, ids, seed))
+            times[ids] += 1
         requests.sort(key=lambda request: len(request.prompt_ids))
         return [requests[i : i + self.batch_size] for i in range(0, len(requests), self.batch_size)]
 
     def encode(self, prompt: str | Sequence) -> list[int]:
+        """Token ids of a string, of messages, or of what is ids already."""
         if isinstance(prompt, str):
             return self.tokenizer(prompt).input_ids
+        prompt = list(prompt)
         if prompt and isinstance(prompt[0], dict):
             return self.tokenizer.apply_chat_template(
                 prompt, tokenize=True, add_generation_prompt=True, return_dict=False)
-        return list(prompt)
+        return [int(token) for token in prompt]
 
     @torch.no_grad()
     def _decode(self, requests: list[Request], on_step) -> list[Completion]:
-        logits, cache, mask = self._prefill(requests)
-        limit = self._length_limit(mask.shape[1])
-        records = Records(len(requests), limit, self.params.top_k)
+        limits = [self._length_limit(request) for request in requests]
+        logits, cache, mask = self._prefill(requests, max(limits))
+        records = Records(len(requests), max(limits), self.params.top_k)
         seeds = torch.tensor([request.seed for request in requests], device=self.device)
         live = list(range(len(requests)))               # the request in each row of the batch
         lengths = mask.sum(-1)                          # (B,) tokens of each row so far
         seen = self._seen(requests, logits.shape[-1])
-        for position in range(limit):
+        for position in range(max(limits)):
             logits = self._adjust(logits, position, seen)
             drawn = self._draw(logits, seeds, position, requests, live)
             records.write(live, position, drawn)
             finished = torch.isin(drawn.token, self.eos).tolist()
             for row, request in enumerate(live):
-                finished[row] = finished[row] or self._stopped(records.tokens(request))
-            keep = [] if position + 1 == limit else self._survivors(finished)
+                finished[row] = (
+                    finished[row] or position + 1 == limits[request] or self._stopped(records.tokens(request)))
+            keep = self._survivors(finished)
             on_step(len(live), len(live) - len(keep))
             if not keep:
                 break
@@ -128,9 +135,9 @@ class Sampler:
             lengths = lengths + 1
         return [self._completion(request, records, i) for i, request in enumerate(requests)]
 
-    def _prefill(self, requests):
-        """Logits after the prompts (B, V), the cache, and the mask (B, T) of left-padded prompts. A prompt of several
-        samples is computed once."""
+    def _prefill(self, requests, room):
+        """Logits after the prompts (B, V), a cache with room for that many tokens more, and the mask (B, T) of
+        left-padded prompts. A prompt of several samples is computed once."""
         prompts = list(dict.fromkeys(request.prompt_ids for request in requests))
         width = max(map(len, prompts))
         ids = torch.zeros(len(prompts), width, dtype=torch.int64)
@@ -139,7 +146,7 @@ class Sampler:
             ids[row, width - len(prompt) :] = torch.tensor(prompt)
             mask[row, width - len(prompt) :] = 1
         ids, mask = ids.to(self.device), mask.to(self.device)
-        cache = new_cache(self.model.config, self.params.max_new_tokens)
+        cache = new_cache(self.model.config, room)
         output = self.model(
             input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp_min(0),
             past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -150,10 +157,10 @@ class Sampler:
             logits, mask = logits[rows], mask[rows]
         return logits, cache, mask
 
-    def _length_limit(self, prompt_width: int) -> int:
+    def _length_limit(self, request: Request) -> int:
         context = models.context_length(self.model)
-        room = self.params.max_new_tokens if context is None else context - prompt_width
-        return min(self.params.max_new_tokens, room)
+        most = self.params.max_new_tokens
+        return most if context is None else min(most, context - len(request.prompt_ids))
 
     def _seen(self, requests, vocab):
         """(B, V) which ids each sequence holds, if the repetition penalty asks for it."""
@@ -166,7 +173,7 @@ class Sampler:
 
     def _adjust(self, logits, position, seen):
         if seen is not None:
-            penalty = self.params.repetition_penalty
+            penalty, logits = self.params.repetition_penalty, logits.float()
             logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
         if position < self.params.min_new_tokens:
             logits = logits.index_fill(1, self.eos, -torch.inf)
@@ -178,15 +185,26 @@ class Sampler:
             return sample(logits, self.params, seeds, positions)
         except ValueError as error:
             bad = (~logits.float().logsumexp(-1).isfinite()).nonzero().flatten().tolist()
+            if not bad:
+                raise
             prompts = sorted({requests[live[row]].prompt_index for row in bad})
             raise NonFiniteError(f"the model's logits are not finite after prompt {prompts}: {error}") from None
 
     def _stopped(self, tokens: list[int]) -> bool:
+        """Whether the last token completed a stop string. Only so much text is decoded as can hold it."""
         if not self.params.stop_strings:
             return False
-        longest = max(len(stop.encode()) for stop in self.params.stop_strings)
-        tail = self.tokenizer.decode(tokens[-longest - 8 :], skip_special_tokens=True)     # a token has a byte or more
-        return any(stop in tail for stop in self.params.stop_strings)
+        length = max(map(len, self.params.stop_strings)) + 64       # a last token may be long
+        count = length // 2
+        while True:
+            tail = self._text(tokens[-count:])
+            # U+FFFD: perhaps it begins within a character, and a tokenizer may give up on all bytes in a row with it
+            if count >= len(tokens) or (len(tail) >= length and not tail.startswith("\ufffd")):
+                return any(stop in tail for stop in self.params.stop_strings)
+            count *= 2
+
+    def _text(self, tokens: list[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     @staticmethod
     def _survivors(finished: list[bool]) -> list[int]:
@@ -197,31 +215,32 @@ class Sampler:
 
     def _completion(self, request: Request, records: Records, row: int) -> Completion:
         tokens = records.tokens(row)
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        ended = tokens[-1] in self.eos.tolist()
+        text = self._text(tokens[:-1] if ended else tokens)     # not every tokenizer knows that it is special
         cuts = [place for place in (text.find(stop) for stop in self.params.stop_strings) if place >= 0]
-        ended = bool(cuts) or (len(tokens) > 0 and tokens[-1] in self.eos.tolist())
         return Completion(
             prompt_index=request.prompt_index, sample_index=request.sample_index, prompt_ids=list(request.prompt_ids),
-            token_ids=tokens, text=text[: min(cuts)] if cuts else text, finish_reason="stop" if ended else "length",
+            token_ids=tokens, text=text[: min(cuts, default=None)],
+            finish_reason="stop" if ended or cuts else "length",
             support=records.support(row), **records.statistics(row))
 
 
 class Records:
-    """What each step drew, (requests, limit) on the CPU."""
+    """What each step drew, (requests, limit) on the CPU. Memory is touched only as far as completions get."""
 
     def __init__(self, count: int, limit: int, top_k: int):
-        width = min(top_k or SUPPORT_LIMIT, SUPPORT_LIMIT)
+        self.width = min(top_k or SUPPORT_LIMIT, SUPPORT_LIMIT)
         self.length = [0] * count
-        self.token = torch.zeros(count, limit, dtype=torch.int64)
-        self.ids = torch.zeros(count, limit, width, dtype=torch.int32)
-        self.probs = torch.zeros(count, limit, width)
-        self.stats = {name: torch.zeros(count, limit) for name in STATISTICS}
+        self.token = torch.empty(count, limit, dtype=torch.int64)
+        self.ids = torch.empty(count, limit, self.width, dtype=torch.int32)
+        self.probs = torch.empty(count, limit, self.width)
+        self.stats = {name: torch.empty(count, limit) for name in STATISTICS}
 
     def write(self, requests: list[int], position: int, drawn: Sample) -> None:
-        width = drawn.support.ids.shape[1]
+        unused = self.width - drawn.support.ids.shape[1]
         self.token[requests, position] = drawn.token.cpu()
-        self.ids[requests, position, :width] = drawn.support.ids.cpu()
-        self.probs[requests, position, :width] = drawn.support.probs.cpu()
+        self.ids[requests, position] = torch.nn.functional.pad(drawn.support.ids.cpu(), (0, unused))
+        self.probs[requests, position] = torch.nn.functional.pad(drawn.support.probs.cpu(), (0, unused))
         for name, values in self.stats.items():
             values[requests, position] = getattr(drawn, name).cpu()
         for request in requests:
@@ -232,7 +251,7 @@ class Records:
 
     def support(self, request: int) -> SparseTarget:
         length = self.length[request]
-        width = max(1, int((self.probs[request, :length] > 0).sum(-1).max())) if length else 1
+        width = int((self.probs[request, :length] > 0).sum(-1).max())
         return SparseTarget(self.ids[request, :length, :width].clone(), self.probs[request, :length, :width].clone())
 
     def statistics(self, request: int) -> dict[str, torch.Tensor]:

@@ -1,0 +1,245 @@
+#include "cross_entropy_rows.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <vector>
+
+#include "isa.h"
+
+namespace ssd_core::cpu {
+
+const RowKernels& active_row_kernels() {
+  switch (active_isa()) {
+#if defined(__x86_64__)
+    case Isa::kAvx512:
+      return avx512::row_kernels;
+    case Isa::kAvx2:
+      return avx2::row_kernels;
+#endif
+    default:
+      return baseline::row_kernels;
+  }
+}
+
+namespace {
+
+// Rows x columns below which a second thread costs more than it brings.
+constexpr int64_t kGrain = 16384;
+
+void check_tensor(const char* name, const at::Tensor& x, at::ScalarType dtype, at::IntArrayRef sizes) {
+  TORCH_CHECK(x.device().is_cpu(), name, ": expected a CPU tensor, got ", x.device());
+  TORCH_CHECK(x.scalar_type() == dtype, name, ": expected ", dtype, ", got ", x.scalar_type());
+  TORCH_CHECK(x.sizes() == sizes, name, ": expected shape ", sizes, ", got ", x.sizes());
+}
+
+// The tensor, checked and contiguous; undefined if absent.
+at::Tensor optional_tensor(
+    const char* name, const std::optional<at::Tensor>& x, at::ScalarType dtype, at::IntArrayRef sizes) {
+  if (!x.has_value() || !x->defined()) {
+    return {};
+  }
+  check_tensor(name, *x, dtype, sizes);
+  return x->contiguous();
+}
+
+const float* data_or_null(const at::Tensor& x) {
+  return x.defined() ? x.const_data_ptr<float>() : nullptr;
+}
+
+// Before any row is overwritten, so that a bad id leaves the logits as they were.
+void check_ids(const int64_t* ids, const float* probs, int64_t rows, int64_t width, int64_t vocab) {
+  for (int64_t i = 0; i < rows * width; ++i) {
+    const bool used = !probs || probs[i] != 0;
+    TORCH_CHECK_INDEX(
+        !used || (ids[i] >= 0 && ids[i] < vocab),
+        "ids: expected 0 <= id < V = ", vocab, ", got ", ids[i], " in row ", i / width, ", column ", i % width);
+  }
+}
+
+// One thread's workspace for turning a row of (id, probability) pairs into a RowTarget: distinct ids, weights added up.
+class TargetReader {
+ public:
+  TargetReader(int64_t width, int64_t vocab)
+      : vocab_(vocab), ids_(width), weights_(width), values_(width), seen_(width > 1 ? (vocab + 63) / 64 : 0) {}
+
+  RowTarget read(const int64_t* ids, const float* probs, int64_t width, bool bucket) {
+    int64_t count = 0;
+    double sum = 0;
+    for (int64_t k = 0; k < width; ++k) {
+      const double weight = probs ? probs[k] : 1.0f;
+      if (weight == 0) {
+        continue;
+      }
+      sum += weight;
+      if (width > 1) {
+        uint64_t& word = seen_[ids[k] / 64];
+        const uint64_t bit = uint64_t{1} << (ids[k] % 64);
+        if (word & bit) {
+          weights_[std::find(ids_.begin(), ids_.begin() + count, ids[k]) - ids_.begin()] += weight;
+          continue;
+        }
+        word |= bit;
+      }
+      ids_[count] = ids[k];
+      weights_[count++] = weight;
+    }
+    if (width > 1) {
+      for (int64_t k = 0; k < count; ++k) {
+        seen_[ids_[k] / 64] = 0;
+      }
+    }
+    const double tail = bucket && count < vocab_ && sum < 1 ? 1 - sum : 0;
+    return {ids_.data(), weights_.data(), values_.data(), count, sum, tail, 1.0};
+  }
+
+ private:
+  int64_t vocab_;
+  std::vector<int64_t> ids_;
+  std::vector<double> weights_;
+  std::vector<float> values_;
+  std::vector<uint64_t> seen_;  // one bit per id, all clear between rows
+};
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> cross_entropy_rows_(
+    at::Tensor& logits,
+    const std::optional<at::Tensor>& bias,
+    const at::Tensor& ids,
+    const std::optional<at::Tensor>& probs,
+    const std::optional<at::Tensor>& class_weight,
+    const std::optional<at::Tensor>& row_scale,
+    double logit_scale,
+    double softcap,
+    double temperature,
+    double label_smoothing,
+    double z_loss,
+    bool bucket) {
+  const bool is_bfloat16 = logits.scalar_type() == at::kBFloat16;
+  TORCH_CHECK(
+      is_bfloat16 || logits.scalar_type() == at::kFloat,
+      "logits: expected Float or BFloat16, got ", logits.scalar_type());
+  TORCH_CHECK(logits.dim() == 2, "logits: expected shape (R, V), got ", logits.sizes());
+  const int64_t rows = logits.size(0), vocab = logits.size(1);
+  TORCH_CHECK(vocab > 0, "logits: expected at least one column, got shape ", logits.sizes());
+  TORCH_CHECK(
+      logits.stride(1) == 1 || vocab == 1, "logits: expected stride 1 in the last dimension, got ", logits.strides());
+  TORCH_CHECK(ids.dim() == 2, "ids: expected shape (R, K), got ", ids.sizes());
+  const int64_t width = ids.size(1);
+  check_tensor("ids", ids, at::kLong, {rows, width});
+  const at::Tensor ids_c = ids.contiguous();
+  const at::Tensor bias_c = optional_tensor("bias", bias, at::kFloat, {vocab});
+  const at::Tensor probs_c = optional_tensor("probs", probs, at::kFloat, {rows, width});
+  const at::Tensor class_weight_c = optional_tensor("class_weight", class_weight, at::kFloat, {vocab});
+  const at::Tensor row_scale_c = optional_tensor("row_scale", row_scale, at::kFloat, {rows});
+  TORCH_CHECK(probs_c.defined() || width == 1, "ids: expected one id per row without probs, got K = ", width);
+  TORCH_CHECK(
+      !class_weight_c.defined() || !probs_c.defined(),
+      "class_weight: expected hard labels (probs absent), got probs of shape ", probs_c.sizes());
+  TORCH_CHECK(
+      !row_scale_c.defined() || rows < 2 || logits.stride(0) >= vocab,
+      "logits: expected rows that do not overlap when row_scale is given, got strides ", logits.strides());
+  const auto check_option = [](const char* name, double value, bool ok, const char* expected) {
+    TORCH_CHECK(ok && std::isfinite(value), name, ": expected ", expected, ", got ", value);
+  };
+  check_option("logit_scale", logit_scale, logit_scale > 0, "a positive number");
+  check_option("softcap", softcap, softcap >= 0, "a positive number, or 0 for none");
+  check_option("temperature", temperature, temperature > 0, "a positive number");
+  check_option("label_smoothing", label_smoothing, label_smoothing >= 0 && label_smoothing <= 1, "0 to 1");
+  check_option("z_loss", z_loss, true, "a finite number");
+
+  RowOptions options = {};
+  options.vocab = vocab;
+  options.bias = data_or_null(bias_c);
+  options.class_weight = data_or_null(class_weight_c);
+  options.class_weight_sum = static_cast<double>(vocab);
+  if (options.class_weight) {
+    options.class_weight_sum = 0;
+    for (int64_t j = 0; j < vocab; ++j) {
+      options.class_weight_sum += options.class_weight[j];
+    }
+  }
+  options.logit_scale = static_cast<float>(logit_scale);
+  options.softcap = static_cast<float>(softcap);
+  options.temperature = static_cast<float>(temperature);
+  options.label_smoothing = label_smoothing;
+  options.z_loss = z_loss;
+
+  const int64_t* id_data = ids_c.const_data_ptr<int64_t>();
+  const float* prob_data = data_or_null(probs_c);
+  const float* scale_data = data_or_null(row_scale_c);
+  check_ids(id_data, prob_data, rows, width, vocab);
+  const RowKernels& kernels = active_row_kernels();
+  const RowKernel kernel = is_bfloat16 ? kernels.bfloat16 : kernels.float32;
+
+  const auto result_options = logits.options().dtype(at::kFloat);
+  at::Tensor loss = at::empty({rows}, result_options);
+  at::Tensor nll = at::empty({rows}, result_options);
+  at::Tensor lse = at::empty({rows}, result_options);
+  float* loss_data = loss.mutable_data_ptr<float>();
+  float* nll_data = nll.mutable_data_ptr<float>();
+  float* lse_data = lse.mutable_data_ptr<float>();
+
+  // Float32 rows serve as their own workspace where they may be written, and where nothing but reading is needed.
+  const bool keeps_values = options.bias || softcap > 0 || bucket;
+  const bool needs_scratch = is_bfloat16 || (keeps_values && !scale_data);
+  // Reading must not count as writing (copy-on-write tensors); without row_scale the kernel only reads.
+  void* logit_start = scale_data ? logits.mutable_data_ptr() : const_cast<void*>(logits.const_data_ptr());
+  char* logit_data = static_cast<char*>(logit_start);
+  const int64_t row_bytes = logits.stride(0) * static_cast<int64_t>(logits.element_size());
+
+  at::parallel_for(0, rows, std::max<int64_t>(1, kGrain / vocab), [&](int64_t begin, int64_t end) {
+    TargetReader reader(width, vocab);
+    const std::unique_ptr<float[]> scratch(needs_scratch ? new float[vocab] : nullptr);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t* row_ids = id_data + i * width;
+      RowTarget target = reader.read(row_ids, prob_data ? prob_data + i * width : nullptr, width, bucket);
+      if (options.class_weight) {
+        target.class_weight = options.class_weight[row_ids[0]];
+      }
+      const float* row_scale_i = scale_data ? scale_data + i : nullptr;
+      const RowResult result = kernel(options, logit_data + i * row_bytes, target, row_scale_i, scratch.get());
+      loss_data[i] = result.loss;
+      nll_data[i] = result.nll;
+      lse_data[i] = result.lse;
+    }
+  });
+  return {loss, nll, lse};
+}
+
+namespace {
+
+// Shapes only, for torch.compile and fake tensors.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> cross_entropy_rows_meta(
+    at::Tensor& logits,
+    const std::optional<at::Tensor>&,
+    const at::Tensor&,
+    const std::optional<at::Tensor>&,
+    const std::optional<at::Tensor>&,
+    const std::optional<at::Tensor>&,
+    double,
+    double,
+    double,
+    double,
+    double,
+    bool) {
+  const auto result = [&] { return at::empty_symint({logits.sym_size(0)}, logits.options().dtype(at::kFloat)); };
+  return {result(), result(), result()};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(ssd_core, CPU, m) {
+  m.impl("cross_entropy_rows_", &cross_entropy_rows_);
+}
+
+TORCH_LIBRARY_IMPL(ssd_core, Meta, m) {
+  m.impl("cross_entropy_rows_", &cross_entropy_rows_meta);
+}
+
+}  // namespace ssd_core::cpu

@@ -1,0 +1,19 @@
+// The kernels for AVX-512 (F, BW, DQ, VL). The pragma stays in force to the end of the file, where templates are
+// instantiated.
+#include "cross_entropy_rows_kernel.h"
+
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push( \
+    __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
+#endif
+
+#define SSD_CORE_ISA avx512
+#include "cross_entropy_rows_kernel.inc.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

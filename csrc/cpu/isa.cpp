@@ -1,0 +1,75 @@
+#include "isa.h"
+
+#include <c10/util/Exception.h>
+
+#include <cstdlib>
+
+namespace ssd_core::cpu {
+
+const char* isa_name(Isa isa) {
+  switch (isa) {
+    case Isa::kAvx512:
+      return "avx512";
+    case Isa::kAvx2:
+      return "avx2";
+    default:
+      return "baseline";
+  }
+}
+
+std::vector<Isa> compiled_isas() {
+#if defined(__x86_64__)
+  return {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512};
+#else
+  return {Isa::kBaseline};
+#endif
+}
+
+bool isa_supported(Isa isa) {
+#if defined(__x86_64__)
+  // The lists name what the target pragmas of the *_avx2.cpp and *_avx512.cpp units enable.
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  switch (isa) {
+    case Isa::kAvx512:
+      return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    case Isa::kAvx2:
+      return avx2;
+    default:
+      return true;
+  }
+#else
+  return isa == Isa::kBaseline;
+#endif
+}
+
+namespace {
+
+Isa select_isa() {
+  const char* variable = std::getenv("SSD_CORE_CPU_ISA");
+  const std::string wanted = variable ? variable : "";
+  std::string supported;
+  Isa best = Isa::kBaseline;
+  for (const Isa isa : compiled_isas()) {
+    if (!isa_supported(isa)) {
+      continue;
+    }
+    if (wanted == isa_name(isa)) {
+      return isa;
+    }
+    supported += std::string(supported.empty() ? "" : ", ") + isa_name(isa);
+    best = isa;
+  }
+  TORCH_CHECK(
+      wanted.empty(), "SSD_CORE_CPU_ISA: expected one of {", supported, "} on this machine, got '", wanted, "'");
+  return best;
+}
+
+}  // namespace
+
+Isa active_isa() {
+  static const Isa isa = select_isa();  // an exception leaves it unset: every call says what is wrong
+  return isa;
+}
+
+}  // namespace ssd_core::cpu

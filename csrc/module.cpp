@@ -1,0 +1,64 @@
+// ssd_core._C: importing it registers torch.ops.ssd_core.*; the module itself says how it was built.
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty_like.h>
+#include <pybind11/pybind11.h>
+#include <torch/csrc/utils/pybind.h>
+#include <torch/library.h>
+
+#include "cpu/cross_entropy_rows.h"
+#include "cpu/isa.h"
+
+TORCH_LIBRARY(ssd_core, m) {
+  m.def(
+      "cross_entropy_rows_(Tensor(a!) logits, Tensor? bias, Tensor ids, Tensor? probs, Tensor? class_weight, "
+      "Tensor? row_scale, *, float logit_scale, float softcap, float temperature, float label_smoothing, float z_loss, "
+      "bool bucket) -> (Tensor loss, Tensor nll, Tensor lse)",
+      {at::Tag::pt2_compliant_tag});
+}
+
+namespace ssd_core {
+namespace {
+
+namespace py = pybind11;
+
+py::dict build_info() {
+  py::dict info;
+  info["torch_version"] = SSD_CORE_TORCH_VERSION;
+#if defined(__clang__)
+  info["compiler"] = __VERSION__;
+#else
+  info["compiler"] = "GCC " __VERSION__;
+#endif
+  py::list isas;
+  for (const cpu::Isa isa : cpu::compiled_isas()) {
+    isas.append(cpu::isa_name(isa));
+  }
+  info["isa"] = isas;
+#if defined(INTRA_OP_PARALLEL)  // what at::parallel_for itself looks at
+  info["openmp"] = true;
+#else
+  info["openmp"] = false;
+#endif
+  return info;
+}
+
+at::Tensor map_floats(cpu::MapKernel kernel, const at::Tensor& x) {
+  TORCH_CHECK(
+      x.device().is_cpu() && x.scalar_type() == at::kFloat && x.is_contiguous(),
+      "x: expected a contiguous float32 CPU tensor, got ", x.toString(), " with strides ", x.strides());
+  at::Tensor y = at::empty_like(x);
+  kernel(x.const_data_ptr<float>(), y.mutable_data_ptr<float>(), x.numel());
+  return y;
+}
+
+}  // namespace
+}  // namespace ssd_core
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  using namespace ssd_core;
+  m.def("build_info", &build_info, "How this extension was compiled.");
+  m.def("cpu_isa", [] { return cpu::isa_name(cpu::active_isa()); }, "The instruction set in use.");
+  // The kernels' own functions, exposed so that their error bounds can be tested.
+  m.def("exp_nonpositive", [](const at::Tensor& x) { return map_floats(cpu::active_row_kernels().exp, x); });
+  m.def("tanh", [](const at::Tensor& x) { return map_floats(cpu::active_row_kernels().tanh, x); });
+}

@@ -1,0 +1,84 @@
+"""The compiled extension: loaded at first use, never at ``import ssd_core``; says why when it cannot be.
+
+An extension works only with the torch that it was compiled for. What the build found is in ``_build.json``, read
+before loading: against another torch the extension would crash or compute nonsense rather than fail to load.
+"""
+
+import functools
+import importlib
+import json
+from pathlib import Path
+
+import torch
+
+_RECORD = Path(__file__).with_name("_build.json")
+_REBUILD = "rebuild it with `pip install --no-build-isolation --no-deps --force-reinstall .` or `make build`"
+
+
+@functools.cache
+def _load():
+    """(the extension module, None) or (None, why there is none)"""
+    try:
+        record = json.loads(_RECORD.read_text())
+    except FileNotFoundError:
+        return None, f"the C++ extension was not built: {_REBUILD}"
+    if "missing" in record:
+        return None, f"the C++ extension was not built: {record['missing']}; {_REBUILD}"
+    if record["torch"] != torch.__version__:
+        return None, (
+            f"the C++ extension was compiled for torch {record['torch']}, this is torch {torch.__version__}: {_REBUILD}"
+        )
+    try:
+        return importlib.import_module(f"{__package__}._C"), None
+    except ImportError as error:
+        return None, f"the C++ extension does not load ({error}): {_REBUILD}"
+
+
+def missing() -> str | None:
+    """None if the extension is available, else the reason in one sentence."""
+    return _load()[1]
+
+
+def _extension():
+    extension, reason = _load()
+    if extension is None:
+        raise RuntimeError(reason)
+    return extension
+
+
+def build_info() -> dict:
+    """torch_version it was compiled for, compiler, isa (the compiled levels), openmp."""
+    return _extension().build_info()
+
+
+def cpu_isa() -> str:
+    """The instruction set in use; ``SSD_CORE_CPU_ISA`` overrides it."""
+    return _extension().cpu_isa()
+
+
+def cross_entropy_rows_(
+    logits: torch.Tensor,  # (R, V) float32 or bfloat16: raw GEMM outputs u
+    bias: torch.Tensor | None,  # (V,) float32
+    ids: torch.Tensor,  # (R, K) int64
+    probs: torch.Tensor | None,  # (R, K) float32; None: hard labels, K = 1
+    class_weight: torch.Tensor | None = None,  # (V,) float32, hard labels only
+    row_scale: torch.Tensor | None = None,  # (R,) float32; None: logits are only read
+    *,
+    logit_scale: float = 1.0,
+    softcap: float = 0.0,  # 0: none
+    temperature: float = 1.0,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    bucket: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``(loss, nll, lse)``, each (R,) float32; the formulas stand in csrc/cpu/cross_entropy_rows.h.
+
+    With ``row_scale`` the logits are overwritten by the gradient of ``(row_scale * loss).sum()`` with respect to them.
+    Not differentiable itself.
+    """
+    _extension()
+    return torch.ops.ssd_core.cross_entropy_rows_(
+        logits, bias, ids, probs, class_weight, row_scale,
+        logit_scale=logit_scale, softcap=softcap, temperature=temperature,
+        label_smoothing=label_smoothing, z_loss=z_loss, bucket=bucket,
+    )  # fmt: skip
