@@ -28,18 +28,24 @@ class Head:
     softcap: float | None = None
 
 
+def local_folder(path: str | Path) -> Path | None:
+    """The folder that ``path`` names, if it looks like one; None for a name that only transformers can resolve."""
+    folder = Path(path).expanduser()
+    if not (folder.exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") > 1):
+        return None
+    if not folder.is_dir():
+        raise UsageError(f"model: expected a folder that from_pretrained loads, got {str(path)!r} (no such folder)")
+    if not (folder / "config.json").exists():
+        raise UsageError(f"model: {folder} holds no config.json: not a folder that save_pretrained wrote")
+    return folder
+
+
 def load_model(path: str | Path, dtype: torch.dtype):
     """``(model, tokenizer)`` from a local folder (or a name that transformers resolves). All weights must be there, and
     finite."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    looks_local = Path(path).exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") > 1
-    folder = Path(path).expanduser()
-    if looks_local and not folder.is_dir():
-        raise UsageError(f"model: expected a folder that from_pretrained loads, got {str(path)!r} (no such folder)")
-    if looks_local and not (folder / "config.json").exists():
-        raise UsageError(f"model: {folder} holds no config.json: not a folder that save_pretrained wrote")
-    source = folder if looks_local else path
+    source = local_folder(path) or path
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         model, found = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)

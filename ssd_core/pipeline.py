@@ -95,8 +95,10 @@ class Run:
         self.out, self.prompts, self.problems = Path(out).expanduser(), prompts, _problems_path(problems)
         self.sampling, self.training, self.decoding = sampling, training, decoding
         self.batch_size, self.reporter = batch_size, reporter or Reporter()
-        self._given, self._tokenizer = model, tokenizer
-        if not isinstance(model, (str, Path)) and tokenizer is None:
+        self._given, self._tokenizer, self._trained_here = model, tokenizer, False
+        if isinstance(model, (str, Path)):
+            models.local_folder(model)      # a wrong path is told before anything is written
+        elif tokenizer is None:
             raise UsageError("tokenizer: expected the model's tokenizer beside a model object, got None")
         self._open(sections, resume)
 
@@ -115,10 +117,9 @@ class Run:
             return
         prompts, stops = for_chat(self.prompts, self.tokenizer)
         params = dataclasses.replace(self.sampling, stop_strings=self.sampling.stop_strings or stops)
-        settings = {"model": models.fingerprint(self.model), "prompts": self.prompts.digest,
-                    "batch_size": self.batch_size, **_plain(params)}
-        store = SampleStore(self.out / "samples", settings)
-        self._draw(store, prompts, params, "sample", "Sampling")
+        source = {"prompts": self.prompts.digest}
+        _, *cost = self._draw(self.out / "samples", prompts, source, params, "sample", "Sampling")
+        self._finish("sample", *cost)
 
     def train(self) -> None:
         """Train on ``samples/`` and save ``model/``."""
@@ -127,7 +128,12 @@ class Run:
         from ssd_core.train.batches import select
         from ssd_core.train.loop import train
 
-        train_set, held_out, counts = select(SampleStore(self.out / "samples"), self.training)
+        store = SampleStore(self.out / "samples")
+        if not self._done("sample"):
+            raise UsageError(f"samples: {store.folder} is not finished: continue sampling with --resume first")
+        if store.settings["model"] != models.fingerprint(self.model):
+            raise UsageError(f"model: expected the one that drew {store.folder} (and its dtype), got another")
+        train_set, held_out, counts = select(store, self.training)
         self._note({"counts": dataclasses.asdict(counts)})
         start, tokens, steps = time.perf_counter(), 0, 0
         with self.reporter.stage("Training", 0, "step") as advance:
@@ -145,6 +151,7 @@ class Run:
         self.tokenizer.save_pretrained(temporary)
         publish_folder(temporary, self.out / "model")
         self._finish("train", time.perf_counter() - start, tokens)
+        self._trained_here = True
 
     def evaluate(self, when: str) -> None:
         """pass@1 "before" or "after" training, into ``evaluation/``."""
@@ -154,22 +161,23 @@ class Run:
         from ssd_core import evaluate
 
         problems = evaluate.load_problems(self.problems)
-        if when == "after" and self._done("train") and "model" not in self.__dict__:
-            self._given = self.out / "model"        # a new process: what was trained is on disk
+        if when == "after" and not self._trained_here:      # an earlier process trained
+            self.__dict__.pop("model", None)
+            self._given = self.out / "model"
         templated = bool(self.tokenizer.chat_template)
         ids = [self.tokenizer(evaluate.problem_prompt(p, self.tokenizer), add_special_tokens=not templated).input_ids
                for p in problems]
         stops = self.decoding.stop_strings or tuple(evaluate.problem_stop_strings(self.tokenizer))
         params = dataclasses.replace(self.decoding, stop_strings=stops)
         folder = self.out / "evaluation"
-        settings = {"model": models.fingerprint(self.model), "problems": _digest(self.problems),
-                    "batch_size": self.batch_size, **_plain(params)}
-        store = SampleStore(folder / when, settings)
-        self._draw(store, ids, params, name, f"Evaluating {when}")
+        # the same seeds before and after: what differs is the model
+        store, *cost = self._draw(
+            folder / when, ids, {"problems": _digest(self.problems)}, params, "evaluate", f"Evaluating {when}")
         completions: dict[str, list[str]] = {problem.task_id: [] for problem in problems}
         for completion in store:
             completions[problems[completion.prompt_index].task_id].append(completion.text)
         evaluate.grade(problems, completions).save(folder / f"{when}.json")
+        self._finish(name, *cost)
 
     def report(self) -> Result:
         from ssd_core.report import write_report
@@ -196,11 +204,16 @@ class Run:
             self.model  # noqa: B018  loads both
         return self._tokenizer
 
-    def _draw(self, store: SampleStore, prompts, params: SamplingParams, stage: str, title: str) -> None:
+    def _draw(
+        self, folder: Path, prompts, source: dict, params: SamplingParams, purpose: str, title: str,
+    ) -> tuple[SampleStore, float, int]:
+        """Draw what is missing in ``folder``: the samples, and the seconds and tokens that it took."""
         from ssd_core.sampler import Sampler
 
         sampler = Sampler(self.model, self.tokenizer, params, batch_size=self.batch_size)
-        total = len(prompts) * params.num_return_sequences
+        total = sum(map(len, sampler.plan(prompts, purpose=purpose)))     # raises before anything is written
+        store = SampleStore(folder, {
+            "model": models.fingerprint(self.model), "batch_size": self.batch_size, **source, **_plain(params)})
         start, tokens = time.perf_counter(), 0
         with self.reporter.stage(title, total, "completion") as advance:
             advance(min(store.groups * self.batch_size, total))
@@ -210,9 +223,9 @@ class Run:
                 tokens += drawn
                 advance(finished, drawn)
 
-            for group in sampler.groups(prompts, purpose=stage, skip=store.groups, on_step=on_step):
+            for group in sampler.groups(prompts, purpose=purpose, skip=store.groups, on_step=on_step):
                 store.append(group)
-        self._finish(stage, time.perf_counter() - start, tokens)
+        return store, time.perf_counter() - start, tokens
 
     def _open(self, sections, resume) -> None:
         """Create the run directory, or check that its settings are those of this call."""
@@ -229,9 +242,13 @@ class Run:
             config["evaluation"] = {"problems": str(self.problems), "digest": _digest(self.problems),
                                     **_plain(self.decoding)}
         path = self.out / "config.json"
-        stored = read_json(path) if path.exists() else {}
-        if not stored and self.out.exists() and any(self.out.iterdir()):
+        if self.out.exists() and not self.out.is_dir():
+            raise UsageError(f"out: expected a folder, got {self.out}, a file")
+        there = {entry.name for entry in self.out.iterdir()} if self.out.exists() else set()
+        if there and "config.json" not in there:
             raise UsageError(f"out: {self.out} exists and is not a run directory (no config.json)")
+        # a run that failed before it wrote anything else binds nobody
+        stored = read_json(path) if there - {"config.json"} else {}
         again = [section for section in sections if section in stored]
         if again and not resume:
             raise UsageError(f"out: {self.out} holds a run already: continue it with --resume, or choose another folder")

@@ -53,7 +53,7 @@ class SampleStore:
     def __init__(self, folder: Path, settings: dict | None = None):
         self.folder = Path(folder)
         self._lines = AppendOnly(self.folder / "completions.jsonl")
-        self._manifest(settings)
+        self.settings = self._manifest(settings)
         groups, torn = self._read()
         self.groups = len(groups)       # groups are drawn in order, so a count tells which
         if torn and settings is not None:
@@ -83,8 +83,8 @@ class SampleStore:
                     support=SparseTarget(tensors["support_ids"][part], tensors["support_probs"][part])))
         return iter(sorted(completions, key=lambda c: (c.prompt_index, c.sample_index)))
 
-    def _manifest(self, settings: dict | None) -> None:
-        """Write the manifest of a new folder; check that of an old one."""
+    def _manifest(self, settings: dict | None) -> dict:
+        """Write the manifest of a new folder, or check that of an old one; its settings."""
         path = self.folder / "manifest.json"
         if not path.exists():
             if self._lines.path.exists():
@@ -93,7 +93,7 @@ class SampleStore:
                 raise UsageError(f"{self.folder}: no samples there (manifest.json is missing)")
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(path, {"format": FORMAT, "settings": settings})
-            return
+            return settings
         manifest = read_json(path)
         if not (isinstance(manifest, dict) and isinstance(manifest.get("settings"), dict)):
             raise UsageError(f"{path}: expected an object with 'format' and 'settings', got {manifest!r:.80}")
@@ -104,6 +104,7 @@ class SampleStore:
             names = sorted(name for name in {*there, *now} if there.get(name) != now.get(name))
             if names:
                 raise UsageError(f"{self.folder}: holds samples drawn with other settings: {', '.join(names)}")
+        return manifest["settings"]
 
     def _read(self) -> tuple[list[list[dict]], bool]:
         """The lines of each group, and whether lines of a group that is not whole follow them."""

@@ -38,6 +38,7 @@ def train(
     Writes ``out/metrics.jsonl`` and ``out/checkpoints``. N steps in one go, or in any number of runs that were killed
     anywhere, give the same weights bit for bit on the same machine and thread count.
     """
+    out.mkdir(parents=True, exist_ok=True)
     device = next(model.parameters()).device
     for parameter in model.parameters():    # not model.to(): rotary frequencies stay in float32
         parameter.data = parameter.data.to(torch.bfloat16 if config.bf16 else torch.float32)
