@@ -28,9 +28,10 @@ lint: setup
 setup:
 	@sh .ci/setup "$(PYTHON)" $(VENV)
 
-# the extension anew, for the torch that is installed now
-build: setup
-	$(RUN) pip install --quiet --no-build-isolation --no-deps --force-reinstall -e .
+# the whole extension anew, for the torch that is installed now
+build:
+	rm -rf build/temp.* build/stamps/*-*
+	@sh .ci/setup "$(PYTHON)" $(VENV)
 
 # the committed tree in an empty folder, as a stranger meets it; the folder stays if something fails
 fresh:

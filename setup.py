@@ -7,6 +7,7 @@ does not compile is an error, never a silent fallback. SSD_CORE_NO_EXTENSION=1 l
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -26,17 +27,17 @@ os.environ.setdefault("CXX", "c++")
 
 def import_torch():
     """torch, or None. pip builds in an isolated environment that hides the installed torch; an extension works only
-    with the torch that it was compiled for, so the one beside the running interpreter is exactly the right one: its
-    folder goes last on the path, behind everything the build environment holds."""
-    for folder in [None, *dict.fromkeys(sysconfig.get_path(name) for name in ("purelib", "platlib"))]:
-        if folder is not None:
-            sys.path.append(folder)
+    with the torch that it was compiled for, so the one that the running interpreter finds otherwise (-E: without the
+    PYTHONPATH that isolates) is exactly the right one. Its folders go last, behind what the build environment holds."""
+    for command in (None, [sys.executable, "-E", "-P", "-c", "import sys; print(*sys.path, sep='\\n')"]):
+        if command is not None:
+            sys.path += subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
         try:
             import torch
             import torch.utils.cpp_extension
 
             return torch
-        except (ImportError, OSError):
+        except ImportError:
             continue
     return None
 
@@ -101,6 +102,8 @@ def write_record(folder):
 
 class BuildPy(build_py):
     def run(self):
+        if not self.editable_mode:  # what lies there is packed, also a module that was removed since the last build
+            shutil.rmtree(Path(self.build_lib, "ssd_core"), ignore_errors=True)
         super().run()
         if MISSING:  # without extensions, a build does not run BuildExt
             write_record(ROOT / "ssd_core" if self.editable_mode else Path(self.build_lib, "ssd_core"))
@@ -122,10 +125,12 @@ class BuildExt(build_ext if MISSING else TORCH.utils.cpp_extension.BuildExtensio
 
 
 class SDist(sdist):
-    def add_defaults(self):
-        super().add_defaults()
+    def make_distribution(self):
         # also where torch is missing and no extension is declared: the wheel is built elsewhere
         self.filelist.extend(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*") if path.is_file())
+        self.filelist.sort()
+        self.filelist.remove_duplicates()
+        super().make_distribution()
 
 
 if MISSING:
@@ -133,6 +138,8 @@ if MISSING:
 
 setup(
     packages=[*find_packages(include=["ssd_core*"]), "ssd_core.kernels", "ssd_core.bench"],
+    # An editable installation warns of a folder with the package's name in the root: it is the package, and the finder
+    # that setuptools installs resolves the two mapped names also when ssd_core is imported from there.
     package_dir={"ssd_core": "ssd_core", "ssd_core.kernels": "kernels", "ssd_core.bench": "bench"},
     package_data={"ssd_core": ["py.typed", "**/*.json", "**/*.jsonl", "**/*.html"]},
     exclude_package_data={"ssd_core": ["_build.json"]},  # each build writes its own

@@ -47,9 +47,9 @@ PRESETS = {
         "the popular article's reading: a temperature in the loss, 1 - 2 epochs",
         _draw(0.8, 20, 0.8), {"targets": "hard", "loss_temperature": 0.8, "num_train_epochs": 2.0}, _draw(0.8, 20, 0.8)),
     "demo": Preset(
-        "SmolLM2-135M in a few minutes on two cores", _draw(0.8, 20, 0.8, max_new_tokens=128),
-        {"learning_rate": 1e-4, "min_lr": 1e-5, "num_train_epochs": 1.0, "per_device_train_batch_size": 4,
-         "warmup_steps": 2, "save_steps": 5, "eval_fraction": 0.125},
+        "SmolLM2-135M in a few minutes on two cores", _draw(0.8, 20, 0.8, max_new_tokens=256),
+        {"learning_rate": 1e-4, "min_lr": 1e-5, "num_train_epochs": 2.0, "per_device_train_batch_size": 4,
+         "warmup_steps": 2, "save_steps": 10, "eval_fraction": 0.125},
         _draw(0.6, 20, 0.9, max_new_tokens=96, num_return_sequences=4)),
 }
 
