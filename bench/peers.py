@@ -44,9 +44,9 @@ def variants(workspaces=(16, 64, 256)) -> list[Variant]:
         found.append(Variant("PyTorch linear_cross_entropy(options)", pytorch_chunked))
     else:
         found.append(Variant("PyTorch linear_cross_entropy(options)", None, f"torch {torch.__version__} has none"))
-    installed = importlib.util.find_spec("cut_cross_entropy") is not None
-    found.append(Variant("cut-cross-entropy torch_compile", cut_cross_entropy if installed else None,
-                         "" if installed else "not installed"))
+    absent = [name for name in ("cut_cross_entropy", "triton") if importlib.util.find_spec(name) is None]
+    found.append(Variant("cut-cross-entropy torch_compile", None if absent else cut_cross_entropy,
+                         f"{' and '.join(absent)} not installed" if absent else ""))
     ours = functools.partial(linear_cross_entropy, backend="torch", workspace_bytes=64 * MIB)
     found.append(Variant("ssd-core torch, 64 MiB", ours, workspace=64 * MIB))
     for mebibytes in workspaces:
