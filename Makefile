@@ -8,7 +8,7 @@ RUN := "$(or $(PYTHON),$(VENV)/bin/python)" -P -m
 DEMO := demo
 export TORCH_INDEX_URL
 
-.PHONY: demo test test-all lint build fresh clean setup
+.PHONY: demo test test-all test-floor lint build fresh clean setup
 
 demo: setup
 	$(RUN) ssd_core.data.smollm2 $(DEMO)/SmolLM2-135M-Instruct
@@ -21,6 +21,12 @@ test: setup
 # every instruction set, packaging in environments of its own, killed and resumed runs
 test-all: setup
 	$(RUN) pytest -m all
+
+# the oldest transformers that is supported, in an environment of its own
+test-floor:
+	@sh .ci/setup "" .venv-floor
+	.venv-floor/bin/python -P -m pip install --quiet "transformers==5.0.0"
+	.venv-floor/bin/python -P -m pytest -m "not all"
 
 lint: setup
 	$(RUN) ruff check .
@@ -40,4 +46,4 @@ fresh:
 		rm -rf "$$folder"
 
 clean:
-	rm -rf build dist $(VENV) *.egg-info ssd_core/_build.json ssd_core/*.so
+	rm -rf build dist $(VENV) .venv-floor *.egg-info ssd_core/_build.json ssd_core/*.so

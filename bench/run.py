@@ -12,14 +12,15 @@ from typing import Annotated
 
 import torch
 import typer
+from ssd_core.bench import cases, measure, peers
 
 import ssd_core
-from ssd_core.bench import cases, measure, peers
 
 BEGIN, END = "<!-- bench -->", "<!-- /bench -->"    # around README's table
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 Cache = Annotated[Path, typer.Option(help="folder of cached hidden states")]
+Readme = Annotated[Path | None, typer.Option(help="file whose table to replace")]
 
 
 @app.command()
@@ -27,7 +28,7 @@ def losses(
     tokens: int = 2048, dtypes: list[str] = ["float32", "bfloat16"],  # noqa: B006  typer's way of a default list
     samples: Annotated[int, typer.Option(help="timed calls of each variant")] = 20,
     cache: Cache = Path("build/bench"), out: Annotated[Path | None, typer.Option(help="JSON file to write")] = None,
-    readme: Annotated[Path | None, typer.Option(help="file whose table to replace")] = None,
+    readme: Readme = None,
 ):
     """Loss and gradients of SmolLM2's head on real hidden states: error, time over three bare GEMMs, extra memory."""
     result = {**_machine(), "op": "linear_cross_entropy", "tokens": tokens, "rows": []}
@@ -62,8 +63,7 @@ def losses(
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(result, indent=1) + "\n")
     if readme:
-        before, _, rest = readme.read_text().partition(BEGIN)
-        readme.write_text(f"{before}{BEGIN}\n{table(result)}\n{END}{rest.partition(END)[2]}")
+        _replace_table(readme, result)
 
 
 @app.command(hidden=True)
@@ -74,9 +74,17 @@ def memory_probe(variant: str, dtype: str, tokens: int, cache: Cache = Path("bui
 
 
 @app.command("table")
-def show(file: Path):
+def show(file: Path, readme: Readme = None):
     """The Markdown table of a JSON file."""
-    print(table(json.loads(file.read_text())))
+    result = json.loads(file.read_text())
+    print(table(result))
+    if readme:
+        _replace_table(readme, result)
+
+
+def _replace_table(readme: Path, result: dict) -> None:
+    before, _, rest = readme.read_text().partition(BEGIN)
+    readme.write_text(f"{before}{BEGIN}\n{table(result)}\n{END}{rest.partition(END)[2]}")
 
 
 def table(result: dict) -> str:
@@ -84,7 +92,7 @@ def table(result: dict) -> str:
     lines = [
         f"{result['cpu']}, {result['threads']} threads, torch {result['torch']}, commit {result['commit']}: N = "
         f"{result['tokens']}, D = {result['hidden']}, V = {result['vocab']:,}; {result['inputs']}.", "",
-        "| forward + backward | dtype | time over three bare GEMMs | extra memory, MiB | error d_input | error d_weight |",
+        "| forward + backward | dtype | time / three bare GEMMs | extra memory, MiB | error d_input | error d_weight |",
         "|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class UsageError(ValueError):
-    """What was asked for cannot be done as asked (a wrong path, option, file or value). The command line exits with 2."""
+    """What was asked for cannot be done as asked: a wrong path, option, file, value. The command line then exits 2."""
 
 
 def expect(condition: bool, argument: str, expected: str, given: object) -> None:

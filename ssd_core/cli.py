@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import inspect
 import logging
+import signal
 import sys
 import time
 import traceback
@@ -48,7 +49,8 @@ Debug = Annotated[bool, typer.Option("--debug", help="log details; a traceback o
 
 def command(name: str | None = None, **settings: type):
     """Register a command. The fields of each dataclass in ``settings`` become options in kebab case, and reach the
-    function as one dict of those that were given; ``decoding`` options are prefixed ``eval-``. Errors become exit codes.
+    function as one dict of those that were given; ``decoding`` options are prefixed ``eval-``. Errors become exit
+    codes.
     """
 
     def register(function):
@@ -94,6 +96,7 @@ def _option(key: str, field: dataclasses.Field, kind: type, default: object) -> 
 
 @contextlib.contextmanager
 def _exit_codes(debug: bool):
+    signal.signal(signal.SIGTERM, _interrupt)   # like Ctrl-C
     logging.basicConfig(format="%(name)s: %(message)s")
     logging.getLogger("ssd_core").setLevel(logging.DEBUG if debug else logging.INFO)
     try:
@@ -115,6 +118,10 @@ def _exit_codes(debug: bool):
     else:
         return
     raise typer.Exit(code)
+
+
+def _interrupt(*args):
+    raise KeyboardInterrupt
 
 
 class Bars(Reporter):
@@ -230,7 +237,8 @@ def run(
 
 @command("eval", sampling=SamplingParams)
 def evaluate(
-    sampling: dict, model: Model, problems: Annotated[str, typer.Option(help="problems in HumanEval's format, or 'demo'")],
+    sampling: dict, model: Model,
+    problems: Annotated[str, typer.Option(help="problems in HumanEval's format, or 'demo'")],
     out: Out = Path("evaluation"), preset: PresetName = "default", seed: Seed = 0, batch_size: BatchSize = 32,
     resume: Resume = False, debug: Debug = False,
 ):

@@ -121,8 +121,8 @@ def make_plan(
         sequences = len(drawn)
     else:
         chats, _ = for_chat(prompts, tokenizer)
-        texts = [p if isinstance(p, str) else tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True)
-                 for p in chats]
+        render = tokenizer.apply_chat_template
+        texts = [p if isinstance(p, str) else render(p, tokenize=False, add_generation_prompt=True) for p in chats]
         lengths = [len(tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
         new_tokens, sequences = sampling.max_new_tokens, len(lengths) * sampling.num_return_sequences
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -251,7 +251,7 @@ class Run:
         stored = read_json(path) if there - {"config.json"} else {}
         again = [section for section in sections if section in stored]
         if again and not resume:
-            raise UsageError(f"out: {self.out} holds a run already: continue it with --resume, or choose another folder")
+            raise UsageError(f"out: {self.out} holds a run already: continue it with --resume, or name another folder")
         shared = [key for key in config if key in stored and key != "version"]
         differences = [line for key in shared for line in _differences(key, stored[key], config[key])]
         if differences:

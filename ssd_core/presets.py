@@ -45,7 +45,8 @@ PRESETS = {
         "the paper's Qwen3-30B-A3B-Thinking", _draw(1.2, 20, 0.95, **_LONG), _THINKING, _draw(0.7, 20, 0.95)),
     "article": Preset(
         "the popular article's reading: a temperature in the loss, 1 - 2 epochs",
-        _draw(0.8, 20, 0.8), {"targets": "hard", "loss_temperature": 0.8, "num_train_epochs": 2.0}, _draw(0.8, 20, 0.8)),
+        _draw(0.8, 20, 0.8), {"targets": "hard", "loss_temperature": 0.8, "num_train_epochs": 2.0},
+        _draw(0.8, 20, 0.8)),
     "demo": Preset(
         "SmolLM2-135M in a few minutes on two cores", _draw(0.8, 20, 0.8, max_new_tokens=256),
         {"learning_rate": 1e-4, "min_lr": 1e-5, "num_train_epochs": 2.0, "per_device_train_batch_size": 4,
@@ -60,9 +61,10 @@ def preset(name: str) -> Preset:
     return PRESETS[name]
 
 
-def resolve(name: str, sampling: dict, training: dict, decoding: dict) -> tuple[SamplingParams, TrainConfig, SamplingParams]:
-    """Sampling, training and decoding settings: the preset's, with the given fields over them. One seed serves all
-    unless fields say otherwise."""
+def resolve(
+    name: str, sampling: dict, training: dict, decoding: dict,
+) -> tuple[SamplingParams, TrainConfig, SamplingParams]:
+    """Sampling, training and decoding settings: the preset's, with the given fields over them."""
     chosen = preset(name)
     try:
         return (SamplingParams(**{**chosen.sampling, **sampling}), TrainConfig(**{**chosen.training, **training}),

@@ -67,7 +67,7 @@ def _read(path: Path) -> list[tuple[str, Prompt]]:
         return [(f"{path}[{i}]", _prompt(value, f"{path}[{i}]")) for i, value in enumerate(values)]
     if path.suffix == ".txt":
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
         except UnicodeDecodeError as error:
             raise UsageError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from None
         return [(f"{path}:{number}", line.strip()) for number, line in enumerate(lines, 1) if line.strip()]

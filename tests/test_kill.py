@@ -19,9 +19,10 @@ def command(model_folder, tmp_path):
     prompts.write_text("".join(json.dumps({"prompt": f"Write a function that adds {n}."}) + "\n" for n in range(48)))
 
     def make(out):
-        return [sys.executable, "-P", "-m", "ssd_core.cli", "run", "--model", str(model_folder), "--prompts", str(prompts),
-                "--out", str(out), "--resume", "--batch-size", "4", "--max-new-tokens", "64", "--save-steps", "2",
-                "--per-device-train-batch-size", "2", "--learning-rate", "1e-3", "--num-train-epochs", "3", "--seed", "3"]
+        return [sys.executable, "-P", "-m", "ssd_core.cli", "run", "--model", str(model_folder), "--prompts",
+                str(prompts), "--out", str(out), "--resume", "--batch-size", "4", "--max-new-tokens", "64",
+                "--save-steps", "2", "--per-device-train-batch-size", "2", "--learning-rate", "1e-3",
+                "--num-train-epochs", "3", "--seed", "3"]
 
     return make
 
@@ -68,11 +69,12 @@ def test_killed_at_random_moments(command, tmp_path):
 
 
 @pytest.mark.all
-def test_interrupted_is_130_and_keeps_what_was_done(command, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_is_130_and_keeps_what_was_done(command, tmp_path, number):
     process = subprocess.Popen(command(tmp_path / "run"), stderr=subprocess.PIPE, text=True)
     started(tmp_path / "run", process)
     time.sleep(1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, errors = process.communicate()
     assert process.returncode == 130 and "continue with --resume" in errors and "Traceback" not in errors
     assert (tmp_path / "run/samples").exists()

@@ -34,7 +34,8 @@ def problems(tmp_path):
 
 def files(out):
     """What must be the same, byte for byte, in two runs of the same settings."""
-    names = [p for p in sorted(out.rglob("*")) if p.suffix in (".safetensors", ".jsonl") and "checkpoints" not in p.parts]
+    names = [p for p in sorted(out.rglob("*"))
+             if p.suffix in (".safetensors", ".jsonl") and "checkpoints" not in p.parts]
     return {str(p.relative_to(out)): p.read_bytes() for p in names if p.name != "metrics.jsonl"}
 
 
@@ -47,8 +48,9 @@ def test_self_distill_writes_a_model_that_plain_transformers_loads(model_folder,
     assert any(not torch.equal(before[k].bfloat16(), after[k].bfloat16()) for k in after)
     assert len(result.held_out_loss) == 2 and result.pass_at_1 == (0.0, 0.0)
     assert result.summary["counts"]["completions"] == 10
-    code = ("import sys; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; m = M.from_pretrained(sys.argv[1]);"
-            "t = T.from_pretrained(sys.argv[1]); print(m.generate(**t('def', return_tensors='pt'), max_new_tokens=4).shape)")
+    code = ("import sys; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T;"
+            "m = M.from_pretrained(sys.argv[1]); t = T.from_pretrained(sys.argv[1]);"
+            "print(m.generate(**t('def', return_tensors='pt'), max_new_tokens=4).shape)")
     done = subprocess.run([sys.executable, "-P", "-c", code, str(result.model)], capture_output=True, text=True)
     assert "torch.Size" in done.stdout, done.stderr
 
@@ -148,9 +150,9 @@ def test_an_existing_run_needs_resume_and_equal_settings(model_folder, tmp_path)
     with pytest.raises(UsageError, match=r"other settings:\n  sampling.temperature: 0.8 there, 1.5 now"):
         start(model_folder, tmp_path / "run", sampling=hotter, resume=True)
     slower = TrainConfig(learning_rate=1e-4, per_device_train_batch_size=2, save_steps=2, seed=1)
-    with pytest.raises(UsageError, match="training.learning_rate: 0.001 there, 0.0001 now"):
+    with pytest.raises(UsageError, match=r"training.learning_rate: 0.001 there, 0.0001 now"):
         start(model_folder, tmp_path / "run", training=slower, resume=True)
-    with pytest.raises(UsageError, match="prompts.digest"):
+    with pytest.raises(UsageError, match=r"prompts\.digest"):
         Run(tmp_path / "run", model_folder, load_prompts(PROMPTS[:3]), resume=True, **SETTINGS)
     start(model_folder, tmp_path / "run", resume=True)
 
@@ -170,7 +172,7 @@ def test_training_wants_finished_samples_of_the_same_model(model_folder, tmp_pat
     other = tmp_path / "other"
     make_model(seed=5).save_pretrained(other)
     make_tokenizer().save_pretrained(other)
-    with pytest.raises(UsageError, match="model.path"):
+    with pytest.raises(UsageError, match=r"model\.path"):
         Run(tmp_path / "run", other, None, sections=("training",), **SETTINGS)
     shutil.copytree(model_folder, tmp_path / "moved")
     shutil.copy(other / "model.safetensors", tmp_path / "moved/model.safetensors")

@@ -41,7 +41,7 @@ def test_options_win():
 def test_every_preset_resolves_and_unknown_ones_are_named():
     for name in PRESETS:
         resolve(name, {}, {}, {})
-    with pytest.raises(UsageError, match="preset: expected one of .*'demo'.*, got 'paper'"):
+    with pytest.raises(UsageError, match=r"preset: expected one of .*'demo'.*, got 'paper'"):
         resolve("paper", {}, {}, {})
     with pytest.raises(UsageError, match="top_p: expected"):
         resolve("demo", {"top_p": 2.0}, {}, {})

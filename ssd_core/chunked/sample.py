@@ -11,8 +11,8 @@ SLACK = 1e-12       # as in the definition
 def sample(logits, seeds, positions, *, temperature, top_k, top_p, min_p, support_limit):
     """``(token, logprob, sampling_logprob, kept_mass, entropy, support ids, support probs)`` of (B, V) logits.
 
-    ``seeds`` and ``positions`` (B,) int64. Tokens are (B,) int64, statistics (B,) float32, the support (B, K) int32 and
-    float32 with K <= ``support_limit``. Definition: ``ssd_core.reference.sample``.
+    ``seeds`` and ``positions`` (B,) int64, ``top_k`` at most V. Tokens are (B,) int64, statistics (B,) float32, the
+    support (B, K) int32 and float32 with K <= ``support_limit``. Definition: ``ssd_core.reference.sample``.
     """
     z = logits.float()
     rows, vocab = z.shape
@@ -32,7 +32,7 @@ def sample(logits, seeds, positions, *, temperature, top_k, top_p, min_p, suppor
     # survivors (B, M) in the order (logit descending, id ascending); with no truncation at all the order is free
     truncated = bool(top_k) or top_p < 1 or min_p > 0
     if truncated:
-        values, ids = largest(z, min(top_k or vocab, vocab))
+        values, ids = largest(z, top_k or vocab)
     else:
         values, ids = z, torch.arange(vocab, device=z.device).expand(rows, vocab)
     tempered = (values.double() - top) / temperature

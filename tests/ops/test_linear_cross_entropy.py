@@ -180,7 +180,7 @@ def test_vocabulary_sizes(backend, v, n):
 @each_backend
 def test_vocabulary_sizes_sparse(backend):
     for v in (1, 7, 262144):
-        x, w, b, y = problem(n=3, d=8, v=v, ignored=0)
+        x, w, b, _ = problem(n=3, d=8, v=v, ignored=0)
         check(backend, torch.float32, x, w, b, soft(3, v, total=0.9), tail="bucket")
 
 
@@ -370,7 +370,7 @@ def test_nan_input_reaches_its_own_row_only(backend):
 
 
 def test_float16_gradients_of_a_mean_do_not_underflow():
-    """With 2^17 items a probability of 1e-3 is 7e-9 in the mean's gradient: below float16, but not after loss scaling."""
+    """With 2^17 items a probability of 1e-3 is 7e-9 in the mean's gradient: below float16, not after loss scaling."""
     x, w, b, y = problem(n=16, dtype=torch.float16, ignored=0)
     scaling = 2.0**16
     loss = linear_cross_entropy(x, w, y, linear_bias=b, num_items_in_batch=2**17, backend="torch")
@@ -591,7 +591,8 @@ def test_a_label_outside_the_vocabulary_is_named(label, kind):
     ({"z_loss": float("nan")}, ValueError, "z_loss: expected a finite number, at least 0, got nan"),
     ({"softcap": -1.0}, ValueError, "softcap: expected"),
     ({"label_smoothing": 1.5}, ValueError, "label_smoothing: expected a number in"),
-    ({"linear_weight": torch.zeros(601, 31)}, ValueError, r"linear_weight: expected \(V, 32\), got float32 \(601, 31\)"),
+    ({"linear_weight": torch.zeros(601, 31)}, ValueError,
+     r"linear_weight: expected \(V, 32\), got float32 \(601, 31\)"),
     ({"linear_weight": torch.zeros(601, 32).double()}, ValueError, "linear_weight: expected torch.float32 like input"),
     ({"target": torch.zeros(130, dtype=torch.int64)}, ValueError, r"target: expected \(131,\) like input"),
     ({"target": torch.zeros(131)}, ValueError, "target: expected integer labels"),
@@ -615,7 +616,7 @@ def test_errors_name_argument_expected_and_given(change, error_type, message):
 
 def test_a_named_backend_serves_or_raises():
     x, w, b, y = problem(dtype=torch.float16)
-    with pytest.raises(UsageError, match="backend 'cpu' cannot serve this call: it serves float32, bfloat16, not float16"):
+    with pytest.raises(UsageError, match="'cpu' cannot serve this call: it serves float32, bfloat16, not float16"):
         linear_cross_entropy(x, w, y, linear_bias=b, backend="cpu")
     linear_cross_entropy(x, w, y, linear_bias=b)        # "auto" finds one that can
 

@@ -24,6 +24,7 @@ def make(rows, vocab, dtype=torch.float32, seed=0, scale=2.0):
     logits = (torch.randn(rows, vocab, generator=generator) * scale).to(dtype)
     seeds = torch.randint(-(2**63), 2**63 - 1, (rows,), generator=generator)
     positions = torch.randint(0, 5000, (rows,), generator=generator)
+    positions[::5] += 2**40
     return logits, seeds, positions
 
 
@@ -81,6 +82,20 @@ def test_excluded_and_tied_logits(backend, params):
     found = sample(logits, params, seeds, positions, backend=backend)
     same(found, sample(logits, params, seeds, positions, backend="reference"), 8)
     assert logits.gather(1, found.token.unsqueeze(1)).isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_top_p_that_tied_tokens_reach_exactly(backend):
+    """Rounding must not decide: of n tied tokens exactly k are kept at top_p = k/n, and one at the least top_p."""
+    for count in (2, 3, 7, 10, 20):
+        logits = torch.full((4, 30), -torch.inf)
+        logits[:, :count] = 0
+        _, seeds, positions = make(4, 30)
+        for kept in range(count):
+            params = SamplingParams(top_p=kept / count or 1e-15)
+            found = sample(logits, params, seeds, positions, backend=backend)
+            same(found, sample(logits, params, seeds, positions, backend="reference"), 30)
+            assert dense(found, 30).gt(0).sum(1).eq(max(kept, 1)).all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

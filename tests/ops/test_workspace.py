@@ -3,7 +3,6 @@
 import sys
 
 import pytest
-
 from ssd_core.bench import measure
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")

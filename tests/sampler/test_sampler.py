@@ -129,8 +129,11 @@ def test_everything_recorded_equals_a_plain_forward_pass(params, model, tokenize
 
 
 def test_a_sequence_alone_in_a_batch_and_in_another_order(model, tokenizer):
-    params = {"temperature": 1.2, "max_new_tokens": 20, "num_return_sequences": 2, "seed": 5}
+    """Also while rows finish at different times and others move into their places."""
+    params = {"temperature": 1.2, "max_new_tokens": 20, "num_return_sequences": 2, "seed": 5, "repetition_penalty": 1.1}
+    model.generation_config.eos_token_id = list(range(0, 300, 12))
     together = tokens(complete(model, tokenizer, PROMPTS, **params))
+    assert len({len(ids) for ids in together.values()}) > 3
     assert tokens(complete(model, tokenizer, PROMPTS, batch_size=1, **params)) == together
     assert tokens(complete(model, tokenizer, PROMPTS, batch_size=3, **params)) == together
     back = tokens(complete(model, tokenizer, PROMPTS[::-1], **params))
@@ -348,21 +351,36 @@ def byte_fallback_tokenizer():
 
 
 @pytest.mark.parametrize("lead", range(4))
-def test_stop_strings_after_a_long_run_of_byte_tokens(lead, model, monkeypatch):
+def test_stop_strings_after_a_long_run_of_byte_tokens(lead, monkeypatch):
     """Cut within a character, the whole run would decode to U+FFFD and hide the stop string at its end."""
-    tokenizer = byte_fallback_tokenizer()
-    script = tokenizer("a" * lead + "é" * lead + "好" * 30 + "終" + "好" * 8).input_ids
+    model, tokenizer = make_model(max_position_embeddings=512), byte_fallback_tokenizer()
+    script = tokenizer("a" * lead + "é" * lead + "好" * 60 + "終" + "好" * 8).input_ids
     follow(model, monkeypatch, script, start=3)
-    c = complete(model, tokenizer, [[5, 6, 8]], max_new_tokens=125, stop_strings=("終",))[0, 0]
-    assert c.text == "a" * lead + "é" * lead + "好" * 30
+    c = complete(model, tokenizer, [[5, 6, 8]], max_new_tokens=300, stop_strings=("終",))[0, 0]
+    assert c.text == "a" * lead + "é" * lead + "好" * 60
     assert len(c.token_ids) == len(tokenizer(c.text + "終").input_ids) and c.finish_reason == "stop"
 
 
-def test_text_is_not_cleaned_up(model, tokenizer, monkeypatch):
+def test_a_stop_string_that_ends_within_a_long_token(model, tokenizer, monkeypatch):
+    tokenizer.add_tokens([" " * 40])
+    script = [*tokenizer("xabcdefg").input_ids, tokenizer.convert_tokens_to_ids(" " * 40), 100]
+    follow(model, monkeypatch, script, start=3)
+    c = complete(model, tokenizer, [[5, 6, 8]], max_new_tokens=60, stop_strings=("abcdefg ",))[0, 0]
+    assert c.token_ids == script[:-1] and c.text == "x" and c.finish_reason == "stop"
+
+
+def test_text_is_not_cleaned_up(model, monkeypatch):
     """Some tokenizers would turn "a ." into "a." and "do n't" into "don't", which is another program."""
-    tokenizer.clean_up_tokenization_spaces = True
-    follow(model, monkeypatch, [*tokenizer("x = a . b , do n't").input_ids, 0], start=3)
-    assert complete(model, tokenizer, [[5, 6, 8]], max_new_tokens=60)[0, 0].text == "x = a . b , do n't"
+    from tokenizers import Tokenizer, decoders, models
+
+    words = ["</s>", "a", " .", " ,", " do", " n't"]
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="</s>"))
+    inner.decoder = decoders.Fuse()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token="</s>", clean_up_tokenization_spaces=True)
+    assert tokenizer.decode([1, 2]) == "a."
+    follow(model, monkeypatch, [1, 2, 3, 4, 5, 0], start=3)
+    assert complete(model, tokenizer, [[5, 6, 8]], max_new_tokens=60)[0, 0].text == "a . , do n't"
 
 
 # -- prompts ----------------------------------------------------------------------------------------------------------

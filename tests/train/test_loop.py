@@ -177,7 +177,8 @@ def test_one_hot_records_equal_hard_targets(samples):
 
 def test_end_of_sequence_is_trained_even_where_it_pads():
     """trl #3091, unsloth #416: masking by id (padding == end of sequence) teaches a model not to stop."""
-    short, long = completion([5, 6], [7, 0], [[7], [0]], [[1.0], [1.0]]), completion([5, 6], [7] * 9, [[7]] * 9, [[1.0]] * 9)
+    short = completion([5, 6], [7, 0], [[7], [0]], [[1.0], [1.0]])
+    long = completion([5, 6], [7] * 9, [[7]] * 9, [[1.0]] * 9)
     for targets in ("hard", "soft"):
         batch = collate([short, long], targets, torch.device("cpu"))
         assert batch.tokens == 11
@@ -326,5 +327,6 @@ def test_scaled_and_capped_heads_equal_the_models_own_loss(family):
 
     ids = torch.randint(97, (2, 9))
     hidden = models.body(network)(input_ids=ids).last_hidden_state
-    loss = linear_cross_entropy(hidden, head.weight, ids, logit_scale=head.logit_scale, softcap=head.softcap, shift=True)
+    loss = linear_cross_entropy(
+        hidden, head.weight, ids, logit_scale=head.logit_scale, softcap=head.softcap, shift=True)
     torch.testing.assert_close(loss, network(input_ids=ids, labels=ids).loss, rtol=1e-4, atol=1e-5)
