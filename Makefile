@@ -36,7 +36,7 @@ setup:
 
 # the whole extension anew, for the torch that is installed now
 build:
-	rm -rf build/temp.* build/stamps/*-*
+	rm -rf build/temp.* build/stamps/*.stamp
 	@sh .ci/setup "$(PYTHON)" $(VENV)
 
 # the committed tree in an empty folder, as a stranger meets it; the folder stays if something fails

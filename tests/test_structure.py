@@ -233,6 +233,28 @@ def test_version():
     assert project["version"] == ssd_core.__version__
 
 
+def test_third_party_imports_are_declared():
+    """In pyproject.toml; else `make test` passes only where something else happened to install them."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    always = {re.match(r"[\w-]+", need).group().replace("-", "_") for need in project["dependencies"]}
+    always |= {"tokenizers", "markupsafe"}                  # transformers and jinja2 are made of them
+    tests = always | {re.match(r"[\w-]+", need).group().replace("-", "_") for need in extras["test"]}
+    optional = {re.match(r"[\w-]+", need).group().replace("-", "_") for extra in extras.values() for need in extra}
+    own = {"ssd_core", "conftest", *(path.stem for path in (ROOT / "tests").rglob("*.py"))}
+    files = {**MODULES, **{str(path): path for path in (ROOT / "tests").rglob("*.py")}}
+    for name, path in files.items():
+        if path.is_relative_to(ROOT / "tests"):
+            allowed = tests
+        elif layer(name) in ("bench", "kernels") or path.parts[-2] == "data":
+            allowed = always | optional
+        else:
+            allowed = always
+        for line, other in imported(name, path):
+            top = other.split(".")[0]
+            assert top in sys.stdlib_module_names or top in own | allowed, f"{path.relative_to(ROOT)}:{line}: {other}"
+
+
 def test_every_folder_of_the_package_is_a_package():
     """setup.py finds the folders that have an __init__.py; one without would be missing in the wheel only."""
     for path in MODULES.values():

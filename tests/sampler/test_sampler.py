@@ -435,3 +435,12 @@ def test_weights_that_are_not_finite_name_the_prompts(tokenizer):
     model.model.embed_tokens.weight.data[77] = torch.nan
     with pytest.raises(NonFiniteError, match=r"not finite after prompt \[1, 3\]: logits: expected finite values"):
         complete(model, tokenizer, [[5, 6], [77, 3], [4], [2, 77]], max_new_tokens=4)
+
+
+def test_another_error_of_the_draw_is_not_taken_for_bad_weights(model, tokenizer, monkeypatch):
+    def refuses(*args, **options):
+        raise UsageError("sample: no backend serves this call")
+
+    monkeypatch.setattr("ssd_core.sampler.sampler.sample", refuses)
+    with pytest.raises(UsageError, match="no backend serves"):
+        complete(model, tokenizer, PROMPTS)
