@@ -42,7 +42,8 @@ Out = Annotated[Path, typer.Option(help="the run directory")]
 Resume = Annotated[bool, typer.Option("--resume", help="continue what is in the run directory")]
 PresetName = Annotated[str, typer.Option(help=f"one of {', '.join(presets.PRESETS)}")]
 Seed = Annotated[int, typer.Option(help="seed of sampling and of training")]
-BatchSize = Annotated[int, typer.Option(help="sequences decoded together")]
+BatchSize = Annotated[int, typer.Option(min=1, help="sequences decoded together")]
+Bf16 = Annotated[bool, typer.Option(help="weights in bfloat16; else float32")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the memory and time plan and stop")]
 Debug = Annotated[bool, typer.Option("--debug", help="log details; a traceback on errors")]
 
@@ -183,10 +184,11 @@ def info(debug: Debug = False):
 @command(sampling=SamplingParams)
 def sample(
     sampling: dict, model: Model, prompts: PromptFile, out: Out = Path("run"), preset: PresetName = "default",
-    seed: Seed = 0, batch_size: BatchSize = 32, resume: Resume = False, dry_run: DryRun = False, debug: Debug = False,
+    seed: Seed = 0, batch_size: BatchSize = 32, bf16: Bf16 = True, resume: Resume = False, dry_run: DryRun = False,
+    debug: Debug = False,
 ):
     """Draw completions from a model, with their soft targets, into OUT/samples."""
-    settings = presets.resolve(preset, {**sampling, "seed": seed}, {}, {})
+    settings = presets.resolve(preset, {**sampling, "seed": seed}, {"bf16": bf16}, {})
     found = load_prompts(prompts)
     if dry_run:
         return _plan(model, found, settings, batch_size, train=False)
@@ -240,12 +242,12 @@ def evaluate(
     sampling: dict, model: Model,
     problems: Annotated[str, typer.Option(help="problems in HumanEval's format, or 'demo'")],
     out: Out = Path("evaluation"), preset: PresetName = "default", seed: Seed = 0, batch_size: BatchSize = 32,
-    resume: Resume = False, debug: Debug = False,
+    bf16: Bf16 = True, resume: Resume = False, debug: Debug = False,
 ):
     """pass@1 of a model on a JSONL of problems; each program runs in a subprocess with limits."""
     from ssd_core.evaluate import Evaluation
 
-    settings = presets.resolve(preset, {}, {}, {**sampling, "seed": seed})
+    settings = presets.resolve(preset, {}, {"bf16": bf16}, {**sampling, "seed": seed})
     job = _run(out, model, None, settings, batch_size, resume, problems=problems, sections=("evaluation",))
     job.evaluate("result")
     found = Evaluation.load(job.out / "evaluation/result.json")

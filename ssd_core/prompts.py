@@ -48,26 +48,34 @@ def load_prompts(source: str | Path | Iterable[Prompt]) -> Prompts:
         raise UsageError(f"prompts: expected at least one, got none in {name}")
     distinct = {}
     for where, prompt in found:
-        text = prompt if isinstance(prompt, str) else "".join(str(message["content"]) for message in prompt)
-        if not text.strip():
+        parts = [("", prompt)] if isinstance(prompt, str) else [(m["role"], str(m["content"])) for m in prompt]
+        if not any(text.strip() for _, text in parts):
             raise UsageError(f"{where}: expected a prompt, got an empty one")
-        distinct.setdefault(" ".join(text.split()) + str(type(prompt)), prompt)
+        distinct.setdefault(tuple((role, " ".join(text.split())) for role, text in parts), prompt)
     return Prompts(tuple(distinct.values()), len(found) - len(distinct), name)
 
 
 def _read(path: Path) -> list[tuple[str, Prompt]]:
-    if path.is_dir() or not path.exists():
-        raise UsageError(f"prompts: expected a .jsonl, .json or .txt file, got {path} ({_state(path)})")
+    try:
+        if path.is_dir() or not path.exists():
+            raise UsageError(f"prompts: expected a .jsonl, .json or .txt file, got {path} ({_state(path)})")
+        return [(where, _prompt(value, where)) for where, value in _values(path)]
+    except OSError as error:
+        raise UsageError(f"prompts: cannot read {path}: {error.strerror or error}") from None
+
+
+def _values(path: Path) -> list[tuple[str, object]]:
+    """Each prompt of a file and where it is."""
     if path.suffix == ".jsonl":
-        return [(f"{path}:{line}", _prompt(value, f"{path}:{line}")) for line, value in read_jsonl(path)]
+        return [(f"{path}:{line}", value) for line, value in read_jsonl(path)]
     if path.suffix == ".json":
         values = read_json(path)
         if not isinstance(values, list):
             raise UsageError(f"{path}: expected a list of prompts, got {type(values).__name__}")
-        return [(f"{path}[{i}]", _prompt(value, f"{path}[{i}]")) for i, value in enumerate(values)]
+        return [(f"{path}[{i}]", value) for i, value in enumerate(values)]
     if path.suffix == ".txt":
         try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
+            lines = path.read_text(encoding="utf-8-sig").split("\n")    # not splitlines, which splits at form feeds too
         except UnicodeDecodeError as error:
             raise UsageError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from None
         return [(f"{path}:{number}", line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
@@ -81,17 +89,22 @@ def _state(path: Path) -> str:
 def _prompt(value: object, where: str) -> Prompt:
     if isinstance(value, dict) and "messages" in value:
         value = value["messages"]
+        if not isinstance(value, list):
+            raise UsageError(f"{where}: expected a list of messages, got {value!r:.80}")
     elif isinstance(value, dict):
         if not isinstance(value.get("prompt"), str):
             raise UsageError(f"{where}: expected a 'prompt' string or 'messages', got keys {sorted(value)}")
         value = value["prompt"]
-    if isinstance(value, list):
-        for message in value:
-            if not (isinstance(message, dict) and {"role", "content"} <= set(message)):
-                raise UsageError(f"{where}: expected messages with 'role' and 'content', got {message!r:.80}")
-        return value
-    if not isinstance(value, str):
+    if not isinstance(value, (str, list)):
         raise UsageError(f"{where}: expected a string, 'prompt' or 'messages', got {value!r:.80}")
+    for message in value if isinstance(value, list) else ():
+        fields = message if isinstance(message, dict) else {}
+        if not (isinstance(fields.get("role"), str) and isinstance(fields.get("content"), (str, list))):
+            raise UsageError(f"{where}: expected messages with 'role' and 'content', got {message!r:.80}")
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:      # JSON's \ud800: no tokenizer takes it
+        raise UsageError(f"{where}: expected text, got half of a surrogate pair") from None
     return value
 
 

@@ -1,9 +1,12 @@
 """The command line: exit codes, and clear errors for what a tired user feeds it."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -22,9 +25,18 @@ def cli(*arguments):
     return found.exit_code, found.output
 
 
-def process(*arguments, **options):
-    return subprocess.run([sys.executable, "-P", "-m", "ssd_core.cli", *map(str, arguments)], capture_output=True,
-                          text=True, **options)
+def start(*arguments):
+    """A process of its own: seconds each. One thread: two of a tiny model wait for each other on a busy machine."""
+    return subprocess.Popen([sys.executable, "-P", "-m", "ssd_core.cli", *map(str, arguments)], text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def process(*arguments):
+    """Exit code and both outputs."""
+    started = start(*arguments)
+    output, errors = started.communicate(timeout=120)
+    return started.returncode, output, errors
 
 
 @pytest.fixture
@@ -95,6 +107,25 @@ def test_dry_run_writes_nothing(model_folder, prompts, tmp_path, command):
     assert ("AdamW" in output) == (command == "run")
 
 
+def test_dry_run_of_training_needs_samples(model_folder, prompts, tmp_path):
+    arguments = ["train", "--model", model_folder, "--out", tmp_path / "run", "--dry-run"]
+    fails(2, "no samples there", *arguments)
+    assert not (tmp_path / "run").exists()
+    assert cli("sample", *arguments[1:-1], "--prompts", prompts, *QUICK[:4])[0] == 0
+    there = sorted(tmp_path.rglob("*"))
+    code, output = cli(*arguments)
+    assert code == 0 and "AdamW" in output and "6, at most" in output and "to sample" not in output
+    assert sorted(tmp_path.rglob("*")) == there
+
+
+@pytest.mark.parametrize("options", [[], ["--dry-run"]])
+def test_what_cannot_be_sampled_cannot_be_planned(model_folder, prompts, tmp_path, options):
+    arguments = ["sample", "--model", model_folder, "--prompts", prompts, "--out", tmp_path / "run", *options]
+    fails(2, "--batch-size", *arguments, "--batch-size", "0")
+    prompts.write_text(json.dumps({"prompt": "word " * 300}))
+    fails(2, "expected less than the context's 128 tokens", *arguments)
+
+
 def test_info():
     code, output = cli("info")
     assert code == 0
@@ -144,7 +175,9 @@ def test_a_tokenizer_without_end_of_sequence(prompts, tmp_path):
 
 
 @pytest.mark.parametrize(("data", "text"), [
-    (None, "no such file"), ("", "expected at least one"), ('{"prompt": "a"}\n{"prompt"\n', ":2: not valid JSON"),
+    (None, "no such file"), ('{"prompt": " "}', ":1: expected a prompt, got an empty one"),
+    ('"\\ud800"', ":1: expected text, got half of a surrogate pair"),
+    ("", "expected at least one"), ('{"prompt": "a"}\n{"prompt"\n', ":2: not valid JSON"),
     (json.dumps({"prompt": "word " * 300}), "expected less than the context's 128 tokens"),
 ])
 def test_wrong_prompts(model_folder, tmp_path, data, text):
@@ -189,9 +222,40 @@ def test_report_of_what_is_no_run(tmp_path):
     fails(2, "is not a run directory", "report", "--out", tmp_path)
 
 
-def test_real_processes_exit_with_the_same_codes(tmp_path):
-    """A traceback only with --debug."""
-    plain = process("report", "--out", tmp_path)
-    assert plain.returncode == 2 and plain.stderr.startswith("error: out:") and "Traceback" not in plain.stderr
-    debug = process("report", "--out", tmp_path, "--debug")
-    assert debug.returncode == 2 and "Traceback" in debug.stderr
+# -- processes --------------------------------------------------------------------------------------------------------
+
+
+def test_wrong_use_is_2_in_a_process(tmp_path):
+    code, output, errors = process("report", "--out", tmp_path)
+    assert code == 2 and output == "" and errors.startswith("error: out:") and "Traceback" not in errors
+
+
+def test_a_failure_is_1_and_debug_shows_where(prompts, tmp_path, copy):
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.norm.weight"][3] = torch.inf
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    arguments = ["sample", "--model", copy, "--prompts", prompts, "--out", tmp_path / "run"]
+    code, _, errors = process(*arguments, "--debug")
+    assert code == 1 and "Traceback" in errors and "error: model: the weights hold NaN or infinity" in errors
+    fails(1, "error: model: the weights hold NaN or infinity", *arguments, "--resume")
+
+
+def test_ctrl_c_is_130_and_the_run_continues(model_folder, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"Write {n}."}) + "\n" for n in range(24)))
+    arguments = ["run", "--model", model_folder, "--prompts", prompts, "--out", tmp_path / "run", "--max-new-tokens",
+                 "32", "--min-new-tokens", "32", "--batch-size", "3", "--learning-rate", "1e-3"]
+    lines = tmp_path / "run/samples/completions.jsonl"
+    started = start(*arguments)
+    while (not lines.exists() or lines.read_bytes().count(b"\n") < 6) and started.poll() is None:
+        time.sleep(0.01)    # an append that is interrupted takes back its own group of 3, not the one before
+    started.send_signal(signal.SIGINT)
+    output, errors = started.communicate(timeout=120)
+    assert started.returncode == 130, output + errors
+    assert "continue with --resume" in errors and "Traceback" not in errors
+    there = lines.read_bytes()
+    assert 3 <= there.count(b"\n") < 24 and not (tmp_path / "run/model").exists()
+    code, output = cli(*arguments, "--resume")
+    assert code == 0, output
+    assert lines.read_bytes().startswith(there) and lines.read_bytes().count(b"\n") == 24
+    assert (tmp_path / "run/model/config.json").exists() and (tmp_path / "run/report.html").exists()

@@ -246,7 +246,7 @@ def test_third_party_imports_are_declared():
     for name, path in files.items():
         if path.is_relative_to(ROOT / "tests"):
             allowed = tests
-        elif layer(name) in ("bench", "kernels") or path.parts[-2] == "data":
+        elif layer(name) in ("bench", "kernels"):
             allowed = always | optional
         else:
             allowed = always

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 
-from ssd_core.checks import expect, finite_positive, in_range
+from ssd_core.checks import expect, expect_type, finite_positive, in_range
+
+_KINDS = {"int": (numbers.Integral, "a whole number"), "float": (numbers.Real, "a number"),
+          "bool": (bool, "True or False"), "str": (str, "a text")}
 
 
 def _option(default, help: str):
@@ -33,7 +37,7 @@ class TrainConfig:
     eval_steps: int = _option(0, "steps between evaluations on held-out samples; 0: before and after only")
     eval_fraction: float = _option(0.1, "share of the prompts whose samples are held out")
     seed: int = _option(0, "seed of the order of samples and of dropout")
-    bf16: bool = _option(True, "bfloat16 weights with float32 master weights; else float32")
+    bf16: bool = _option(True, "bfloat16 weights, from the start, with float32 master weights; else float32")
     gradient_checkpointing: bool = _option(False, "recompute activations in the backward to save memory")
     targets: str = _option("soft", "soft: the recorded distributions; hard: the drawn tokens (the paper's recipe)")
     loss_temperature: float = _option(1.0, "temperature of the student in the loss, for hard targets")
@@ -41,11 +45,15 @@ class TrainConfig:
     grad_filter: float = _option(0.0, "bound of the certified gradient filter; 0 is exact")
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            expect_type(getattr(self, field.name), field.name, *_KINDS[field.type])
         for name in ("learning_rate", "num_train_epochs", "adam_epsilon", "loss_temperature"):
             finite_positive(getattr(self, name), name)
         for name in ("min_lr", "weight_decay", "max_grad_norm", "grad_filter"):
             value = getattr(self, name)
             expect(math.isfinite(value) and value >= 0, name, "a finite number, at least 0", value)
+        most = self.learning_rate
+        expect(self.min_lr <= most, "min_lr", f"at most the learning rate, {most}", self.min_lr)
         for name in ("adam_beta1", "adam_beta2"):
             in_range(getattr(self, name), name, 0, 1)
         counts = ("per_device_train_batch_size", "gradient_accumulation_steps", "save_steps", "save_total_limit")

@@ -40,11 +40,10 @@ def train(
     """
     out.mkdir(parents=True, exist_ok=True)
     device = next(model.parameters()).device
-    for parameter in model.parameters():    # not model.to(): rotary frequencies stay in float32
-        parameter.data = parameter.data.to(torch.bfloat16 if config.bf16 else torch.float32)
+    cast(model, config)
     model.train()
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        _recompute_activations(model, "enable")
     head = models.head(model)
     weights = MasterWeights(model)
     decayed = [p for p in weights.masters if p.ndim >= 2]
@@ -65,11 +64,11 @@ def train(
     for step, micro_batches in enumerate(steps[first:], first + 1):
         start = time.perf_counter()
         indices = [i for chosen in micro_batches for i in chosen]
-        batches = [collate([train_set[i] for i in chosen], config.targets, device) for chosen in micro_batches]
         # the mean is over the tokens of the whole step, whatever the micro-batches
-        tokens = sum(batch.tokens for batch in batches)
+        tokens = sum(len(train_set[i].token_ids) for i in indices)
         loss = torch.zeros((), device=device)
-        for batch in batches:
+        for chosen in micro_batches:
+            batch = collate([train_set[i] for i in chosen], config.targets, device)
             part = _loss(model, head, batch, config, tokens)
             part.backward()
             weights.collect()
@@ -99,7 +98,22 @@ def train(
         if last or step % config.save_steps == 0:
             checkpoint.save(out / "checkpoints", step, _state(weights, optimizer), config.save_total_limit)
         on_step(Progress(step, len(steps), loss.item(), seen))
+    if config.gradient_checkpointing:
+        _recompute_activations(model, "disable")
     model.eval()
+
+
+def cast(model, config: TrainConfig) -> None:
+    """The parameters to the dtype that they are trained in: not model.to(), so that rotary frequencies stay in
+    float32."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16 if config.bf16 else torch.float32)
+
+
+def _recompute_activations(model, state: str) -> None:
+    """"enable" or "disable" it, by transformers' new name or its old one."""
+    new = getattr(model, f"activation_checkpointing_{state}", None)
+    (new or getattr(model, f"gradient_checkpointing_{state}"))()
 
 
 class MasterWeights:
@@ -147,8 +161,8 @@ def _evaluate(model, head, held_out, config, step) -> dict:
     device = next(model.parameters()).device
     ordered = sorted(held_out, key=lambda c: len(c.prompt_ids) + len(c.token_ids))
     size = config.per_device_train_batch_size
-    batches = [collate(ordered[i : i + size], config.targets, device) for i in range(0, len(ordered), size)]
-    tokens = sum(batch.tokens for batch in batches)
+    batches = (collate(ordered[i : i + size], config.targets, device) for i in range(0, len(ordered), size))
+    tokens = sum(len(c.token_ids) for c in held_out)
     loss = sum(_loss(model, head, batch, config, tokens).item() for batch in batches)
     model.train()
     return {"kind": "eval", "step": step, "loss": loss, "tokens": tokens}

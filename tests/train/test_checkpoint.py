@@ -27,7 +27,24 @@ def test_half_written_ones_are_passed_over_and_removed(tmp_path):
     unmarked.mkdir()
     (unmarked / "state.safetensors").write_bytes(b"half")
     assert checkpoint.latest(tmp_path)[0] == 5
-    assert not half.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-0000005"]
+
+
+def test_killed_while_an_old_one_is_deleted(tmp_path, monkeypatch):
+    """What is left of it is no checkpoint."""
+    checkpoint.save(tmp_path, 1, tensors(1), limit=1)
+
+    def killed(path):
+        (path / "state.safetensors").unlink(missing_ok=True)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(tmp_path, 2, tensors(2), limit=1)
+    monkeypatch.undo()
+    assert (tmp_path / "step-0000001").exists() and not (tmp_path / "step-0000001/state.json").exists()
+    assert checkpoint.latest(tmp_path)[0] == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["step-0000002"]
 
 
 def test_only_so_many_are_kept(tmp_path):
@@ -46,6 +63,7 @@ def test_a_full_disk_keeps_the_old_one(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         checkpoint.save(tmp_path, 2, tensors(2), limit=1)
     monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-0000001"]      # its room is free again
     assert checkpoint.latest(tmp_path)[0] == 1
     checkpoint.save(tmp_path, 2, tensors(2), limit=1)
     assert checkpoint.latest(tmp_path)[0] == 2

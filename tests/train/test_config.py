@@ -15,9 +15,13 @@ from ssd_core.train.config import TrainConfig
     ({"loss_temperature": 0.8}, r"loss_temperature: expected 1 with soft targets .* got 0.8"),
     ({"grad_filter": 0.01}, "grad_filter: expected 0"),
     ({"adam_beta1": 1.5}, "adam_beta1"),
+    ({"learning_rate": 1e-6, "min_lr": 1e-5}, "min_lr: expected at most the learning rate, 1e-06, got 1e-05"),
+    ({"max_steps": 1.5}, "max_steps: expected a whole number, got float"),
+    ({"learning_rate": "1e-5"}, "learning_rate: expected a number, got str"),
+    ({"bf16": "no"}, "bf16: expected True or False, got str"),
 ])
 def test_wrong_values_are_named(changes, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         TrainConfig(**changes)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import weakref
 
 import pytest
 import torch
@@ -16,9 +17,11 @@ from ssd_core.train.batches import collate
 from ssd_core.train.config import TrainConfig
 from ssd_core.train.loop import MasterWeights, train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(scope="module")
-def samples():
+def samples(one_thread):
     """24 completions of the tiny model, of very different lengths."""
     sampler = Sampler(make_model(), make_tokenizer(), SamplingParams(top_k=8, max_new_tokens=40, seed=3))
     drawn = sorted(sampler.generate([f"prompt {'x' * (n % 7)} {n}" for n in range(24)]), key=lambda c: c.prompt_index)
@@ -304,8 +307,28 @@ def test_gradients_are_clipped(samples, tmp_path):
 
 def test_checkpointed_activations_give_the_same_weights(samples, tmp_path):
     plain = run(samples[:8], tmp_path / "a", config())
-    for name, p in run(samples[:8], tmp_path / "b", config(gradient_checkpointing=True)).items():
+    model = make_model()
+    for name, p in run(samples[:8], tmp_path / "b", config(gradient_checkpointing=True), model=model).items():
         torch.testing.assert_close(p, plain[name])
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def test_only_one_micro_batch_is_made_at_a_time(samples, tmp_path, monkeypatch):
+    """Soft targets of a long step take gigabytes."""
+    from ssd_core.train import loop
+
+    alive, most = weakref.WeakSet(), []
+    original = loop.collate
+
+    def counting(*args):
+        batch = original(*args)
+        alive.add(batch)
+        most.append(len(alive))
+        return batch
+
+    monkeypatch.setattr(loop, "collate", counting)
+    run(samples[4:], tmp_path, config(gradient_accumulation_steps=5, per_device_train_batch_size=1), samples[:4])
+    assert max(most) <= 3       # the last ones of a loop are let go when the next one is there
 
 
 @pytest.mark.parametrize("family", ["Gemma2", "Granite", "Cohere"])
