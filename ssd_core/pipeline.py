@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import hashlib
 import logging
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -151,6 +153,7 @@ class Run:
         if store.settings["model"] != models.fingerprint(self.model):
             raise UsageError(f"model: expected the one that drew {store.folder} (and its dtype), got another")
         train_set, held_out, counts = select(store, self.training)
+        self._begin()
         shown = 0
         with self._writing(), self.reporter.stage("Training", 0, "step") as advance:
             self._note({"counts": dataclasses.asdict(counts)})
@@ -257,6 +260,7 @@ class Run:
 
         sampler = Sampler(self.model, self.tokenizer, params, batch_size=self.batch_size)
         total = sum(map(len, sampler.plan(prompts, purpose=purpose)))     # raises before anything is written
+        self._begin()
         store = SampleStore(folder, {
             "model": models.fingerprint(self.model), "batch_size": self.batch_size, **source, **_plain(params)})
         meter = Meter(self, stage)
@@ -285,7 +289,8 @@ class Run:
             raise OSError(f"{self.out}: {error}") from error
 
     def _open(self, sections, resume) -> None:
-        """Create the run directory, or check that its settings are those of this call."""
+        """Create the run directory, or check that its settings are those of this call. They are written, and bind, when
+        a stage begins."""
         given = self._given if isinstance(self._given, (str, Path)) else type(self._given).__name__
         model = {"path": str(given), "dtype": str(self._dtype).removeprefix("torch.")}
         config = {"version": ssd_core.__version__}
@@ -317,11 +322,16 @@ class Run:
         differences = [line for key in shared for line in _differences(key, stored[key], config[key])]
         if differences:
             raise UsageError(f"out: {self.out} holds a run with other settings:\n  " + "\n  ".join(differences))
+        self._config = {**stored, **config}
         try:
             self.out.mkdir(parents=True, exist_ok=True)
-            write_json(path, {**stored, **config})
+            if not os.access(self.out, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         except OSError as error:
             raise UsageError(f"out: cannot write to {self.out}: {error.strerror or error}") from None
+
+    def _begin(self) -> None:
+        write_json(self.out / "config.json", self._config)
 
     def _summary(self) -> dict:
         path = self.out / "summary.json"

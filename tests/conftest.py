@@ -1,6 +1,7 @@
 """Fixtures: a tiny model and tokenizer made on the spot, and memory that is poisoned before it is handed out."""
 
 import os
+import signal
 import sys
 
 import pytest
@@ -8,6 +9,8 @@ import pytest
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, os.path.dirname(__file__))   # tests share tolerances.py
+# A shell starts background jobs with Ctrl-C ignored, and processes hand that on: tests that interrupt one need it back.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}</s>{% endfor %}"

@@ -1,5 +1,6 @@
 """The main job end to end on the tiny model, and its run directory."""
 
+import contextlib
 import errno
 import json
 import pkgutil
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 from ssd_core import SamplingParams, TrainConfig, self_distill
 from ssd_core.checks import UsageError
 from ssd_core.models import fingerprint
-from ssd_core.pipeline import Run
+from ssd_core.pipeline import Reporter, Run
 from ssd_core.prompts import load_prompts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -282,7 +283,7 @@ def test_a_head_that_cannot_be_trained_is_told_before_the_sampling(model_folder,
     monkeypatch.setattr(LlamaForCausalLM, "forward", doubled)
     with pytest.raises(UsageError, match="its loss cannot be fused"):
         self_distill(model_folder, PROMPTS, tmp_path / "run", **SETTINGS)
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
+    assert not list((tmp_path / "run").iterdir())
 
 
 # -- run directories --------------------------------------------------------------------------------------------------
@@ -344,10 +345,33 @@ def test_a_run_that_failed_before_it_began_binds_nobody(model_folder, tmp_path):
     self_distill(model_folder, PROMPTS, tmp_path / "run", **SETTINGS)
 
 
+class Stopping(Reporter):
+    """Ctrl-C in the second group."""
+
+    @contextlib.contextmanager
+    def stage(self, title, total, unit):
+        finished = 0
+
+        def advance(done, tokens=0, **values):
+            nonlocal finished
+            finished += done
+            if finished > 4:
+                raise KeyboardInterrupt
+
+        yield advance
+
+
 def test_training_wants_finished_samples_of_the_same_model(model_folder, tmp_path):
     with pytest.raises(UsageError, match="no samples there"):
         Run(tmp_path / "none", model_folder, None, sections=("training",), **SETTINGS).train()
-    start(model_folder, tmp_path / "run", sections=("sampling",)).sample()
+    half = start(model_folder, tmp_path / "run", sections=("sampling",), reporter=Stopping())
+    with pytest.raises(KeyboardInterrupt):
+        half.sample()
+    with pytest.raises(UsageError, match="is not finished: continue sampling with --resume first"):
+        Run(tmp_path / "run", model_folder, None, sections=("training",), **SETTINGS).train()
+    # what was refused binds nobody: other settings, without resume
+    start(model_folder, tmp_path / "run", sections=("sampling",), resume=True).sample()
+    Run(tmp_path / "run", model_folder, None, sections=("training",), **{**SETTINGS, "training": TrainConfig()})
     other = tmp_path / "other"
     make_model(seed=5).save_pretrained(other)
     make_tokenizer().save_pretrained(other)

@@ -15,7 +15,7 @@ from ssd_core.store import STATISTICS, Completion
 from ssd_core.targets import SparseTarget
 from ssd_core.train.batches import collate
 from ssd_core.train.config import TrainConfig
-from ssd_core.train.loop import MasterWeights, train
+from ssd_core.train.loop import MasterWeights, _loss, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -346,10 +346,24 @@ def test_scaled_and_capped_heads_equal_the_models_own_loss(family):
         getattr(transformers, f"{family}Config")(**shape, **extra)).eval()
     head = models.head(network)
     assert head.softcap == 3.0 if family == "Gemma2" else head.logit_scale == 0.25
-    from ssd_core import linear_cross_entropy
+    ids = torch.randint(1, 97, (2, 9)).tolist()
+    batch = collate([completion(row[:1], row[1:], [[t] for t in row[1:]], [[1.0]] * 8) for row in ids], "hard",
+                    torch.device("cpu"))
+    labels = torch.tensor([[-100, *row[1:]] for row in ids])
+    expected = network(input_ids=batch.input_ids, labels=labels).loss
+    torch.testing.assert_close(_loss(network, head, batch, config(), batch.tokens), expected, rtol=1e-4, atol=1e-5)
 
-    ids = torch.randint(97, (2, 9))
-    hidden = models.body(network)(input_ids=ids).last_hidden_state
-    loss = linear_cross_entropy(
-        hidden, head.weight, ids, logit_scale=head.logit_scale, softcap=head.softcap, shift=True)
-    torch.testing.assert_close(loss, network(input_ids=ids, labels=ids).loss, rtol=1e-4, atol=1e-5)
+
+def test_the_loss_has_the_temperature_of_the_settings(samples):
+    model = make_model()
+    batch = collate(samples[:3], "hard", torch.device("cpu"))
+    settings = config(targets="hard", loss_temperature=0.7)
+    logits = model(input_ids=batch.input_ids).logits / 0.7
+    expected = F.cross_entropy(logits.flatten(0, 1), batch.target.flatten())
+    torch.testing.assert_close(_loss(model, models.head(model), batch, settings, batch.tokens), expected)
+
+
+def test_steps_have_the_learning_rate_of_the_schedule(samples, tmp_path):
+    settings = config(warmup_steps=2, min_lr=1e-5)
+    run(samples, tmp_path, settings)
+    assert [line["learning_rate"] for line in metrics(tmp_path)] == [settings.learning_rate_at(n, 6) for n in range(6)]
