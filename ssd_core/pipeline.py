@@ -313,8 +313,7 @@ class Run:
         there = {entry.name for entry in self.out.iterdir() if entry.name[0] != "."} if self.out.exists() else set()
         if there and "config.json" not in there:
             raise UsageError(f"out: {self.out} exists and is not a run directory (no config.json)")
-        # a run that failed before it wrote anything else binds nobody
-        stored = read_json(path) if there - {"config.json"} else {}
+        stored = read_json(path) if there else {}
         again = [section for section in sections if section in stored]
         if again and not resume:
             raise UsageError(f"out: {self.out} holds a run already: continue it with --resume, or name another folder")

@@ -179,6 +179,14 @@ def test_resuming_a_finished_run_trains_the_object_too(tmp_path, problems):
     assert before != after == fingerprint(trained)
 
 
+def test_the_same_draws_before_and_after(model_folder, tmp_path, problems):
+    """A model that did not change completes the problems as before: the seeds do not depend on the stage."""
+    still = {**SETTINGS, "training": TrainConfig(learning_rate=1e-12), "decoding": SamplingParams(max_new_tokens=8)}
+    self_distill(model_folder, PROMPTS, tmp_path / "run", problems=problems, **still)
+    before, after = (tmp_path / f"run/evaluation/{when}/completions.jsonl" for when in ("before", "after"))
+    assert before.read_bytes() == after.read_bytes()
+
+
 def test_problems_added_later_are_evaluated_on_the_right_models(model_folder, tmp_path, problems):
     """before: the base model; after: the trained one, from disk."""
     self_distill(model_folder, PROMPTS, tmp_path / "run", **SETTINGS)
@@ -307,6 +315,15 @@ def test_an_existing_run_needs_resume_and_equal_settings(model_folder, tmp_path)
     with pytest.raises(UsageError, match=r"prompts\.digest"):
         Run(tmp_path / "run", model_folder, load_prompts(PROMPTS[:3]), resume=True, **SETTINGS)
     start(model_folder, tmp_path / "run", resume=True)
+
+
+def test_a_training_with_nothing_to_train_on_binds_nobody(model_folder, tmp_path):
+    endless = SamplingParams(max_new_tokens=8, min_new_tokens=8, seed=1)
+    start(model_folder, tmp_path / "run", sections=("sampling",), sampling=endless).sample()
+    whole = TrainConfig(drop_truncated=True)
+    with pytest.raises(UsageError, match="none left to train on, of 10: 0 empty, 10 truncated"):
+        Run(tmp_path / "run", model_folder, None, sections=("training",), **{**SETTINGS, "training": whole}).train()
+    Run(tmp_path / "run", model_folder, None, sections=("training",), **SETTINGS).train()
 
 
 def test_stages_with_other_dtypes_or_batches_are_refused(model_folder, tmp_path):

@@ -37,7 +37,9 @@ class PreallocatedLayer(DynamicLayer):
 
     def _grow(self, key_states, value_states, length):
         """Room for all tokens to come, but at most about twice what is needed now."""
-        capacity = min(length + self.room, 2 * length + 64)
+        if self._buffers is None:
+            self._most = length + self.room
+        capacity = max(length, min(self._most, 2 * length + 64))
         old, self._buffers = self._buffers, []
         for i, new in enumerate((key_states, value_states)):
             buffer = new.new_empty(*new.shape[:2], capacity, new.shape[-1])

@@ -101,3 +101,10 @@ def test_recurrent_models_are_refused():
     config = transformers.Qwen3NextConfig(num_hidden_layers=4)
     with pytest.raises(UsageError, match=r"model: expected attention layers .* got Qwen3NextConfig .*linear_attention"):
         new_cache(config, 8)
+
+
+def test_no_more_is_allocated_than_the_room_asked_for():
+    layer = PreallocatedLayer(room=512)
+    for length in [100, *[1] * 512]:
+        layer.update(*(torch.zeros(1, 1, length, 2) for _ in range(2)))
+    assert layer.get_seq_length() == 612 and layer._buffers[0].shape[-2] == 612
