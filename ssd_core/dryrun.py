@@ -140,7 +140,9 @@ def _shapes(model: str):
     try:
         config, tokenizer = AutoConfig.from_pretrained(source), AutoTokenizer.from_pretrained(source)
         with torch.device("meta"):
-            return config, tokenizer, AutoModelForCausalLM.from_config(config)
+            network = AutoModelForCausalLM.from_config(config)
+        network.tie_weights()       # early releases of transformers 5 leave it out on the meta device
+        return config, tokenizer, network
     except Exception as error:      # whatever a wrong config meets first: transformers checks little of it
         raise UsageError(f"model: {model} cannot be loaded: {error}") from error
 
