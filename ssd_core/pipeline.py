@@ -12,7 +12,6 @@ import dataclasses
 import errno
 import functools
 import hashlib
-import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -29,8 +28,6 @@ from ssd_core.prompts import Prompt, Prompts, for_chat, load_prompts
 from ssd_core.sampling_params import SamplingParams
 from ssd_core.store import SampleStore
 from ssd_core.train.config import TrainConfig
-
-log = logging.getLogger("ssd_core")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -44,7 +44,8 @@ def plan_chunks(
         columns = min(vocab, max(64, workspace_bytes // 8 // (hidden * itemsize)))
         product = columns * hidden * itemsize
     fixed = tokens * per_token + row_pass + product
-    per_row = vocab * itemsize + support * 12 + (2 * hidden * itemsize if gathered else 0)
+    vectors = (2 if gathered else 0) + (1 if itemsize > 2 else 0)     # gathered and returned rows; a partial product
+    per_row = vocab * itemsize + support * 12 + vectors * hidden * itemsize
     rows = min(tokens, (workspace_bytes - fixed) // per_row)
     if tokens:
         least = fixed + per_row

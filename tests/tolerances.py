@@ -1,12 +1,13 @@
 """The one table of tolerances, the same in continuous integration.
 
 A backend passes when its error against the float64 reference is no larger than that of the unfused PyTorch op at the
-same dtype, times a factor for chance, plus float32 rounding. Errors are ``norm(out - ref) / norm(ref)``.
+same dtype, plus float32 rounding. Errors are ``norm(out - ref) / norm(ref)``, pooled over several problems: a single
+small one may favour either side by a fifth.
 """
 
 import torch
 
-FACTOR = 1.25     # chance, on problems of some hundred rows
+FACTOR = 1.05    # what chance leaves after pooling
 ROUNDING = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2e-6, torch.float16: 2e-6}
 LOSS = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 

@@ -6,6 +6,8 @@ import torch
 
 from ssd_core.chunked.cross_entropy_rows import cross_entropy_rows_
 
+SUM_LENGTH = 1 << 14    # terms that a float32 product may add up in one go; shorter ones cost time
+
 
 def linear_cross_entropy(
     input, linear_weight, linear_bias, ids, probs, rows, *, class_weight, row_scale, needs, chunks, keep_float32,
@@ -50,9 +52,9 @@ def linear_cross_entropy(
             result[part] = values
         grad = logits
         if needs[0] and rows is None:
-            torch.mm(grad, linear_weight, out=d_input[part])
+            _product(grad, linear_weight, d_input[part])
         elif needs[0]:
-            d_input.index_copy_(0, index, grad @ linear_weight)
+            d_input.index_copy_(0, index, _product(grad, linear_weight, torch.empty_like(x)))
         if needs[1] and direct:
             torch.addmm(d_weight, grad.t(), x, beta=0 if start == 0 else 1, out=d_weight)
         elif needs[1]:
@@ -66,6 +68,22 @@ def linear_cross_entropy(
         d_weight = None if d_weight is None else d_weight.to(linear_weight.dtype)
         d_bias = None if d_bias is None else d_bias.to(linear_bias.dtype)
     return *results, d_input, d_weight, d_bias
+
+
+def _product(grad, weight, out):
+    """``out = grad @ weight``, (R, V) by (V, D).
+
+    Of few rows, libraries add up all V terms in one running float32 sum, which at V = 262,144 costs two digits: sums
+    over blocks of the vocabulary, added up, do not. (``addmm`` onto ``out`` would go on with the running sum.) A 16-bit
+    ``out`` would round every block, and the sums behind it are wider anyway.
+    """
+    if out.dtype.itemsize == 2:
+        return torch.mm(grad, weight, out=out)
+    torch.mm(grad[:, :SUM_LENGTH], weight[:SUM_LENGTH], out=out)
+    for start in range(SUM_LENGTH, len(weight), SUM_LENGTH):
+        part = slice(start, start + SUM_LENGTH)
+        out += grad[:, part] @ weight[part]
+    return out
 
 
 def linear_cross_entropy_cpu(*args, **options):

@@ -55,6 +55,21 @@ def soft(n, v, k=5, total=1.0, seed=1, dtype=torch.float32):
     return SparseTarget(ids, probs.to(dtype))
 
 
+def hard(**options):
+    """A problem of hard labels for each seed."""
+    return lambda seed: problem(seed=seed, **options)
+
+
+def sparse(total=1.0, **options):
+    """The same with sparse targets."""
+
+    def draw(seed):
+        x, w, b, y = problem(seed=seed, **options)
+        return x, w, b, soft(len(y), w.shape[0], total=total, seed=seed + 100)
+
+    return draw
+
+
 def expected(x, w, b, target, *, upstream=1.0, reduction="mean", weight=None, token_weight=None, wide=torch.float64,
              tail="none", **options):
     """Loss and gradients by the definition: in float64, or (``wide=None``) unfused in the given dtype."""
@@ -85,26 +100,39 @@ def expected(x, w, b, target, *, upstream=1.0, reduction="mean", weight=None, to
     return loss.detach(), grads
 
 
-def check(backend, dtype, x, w, b, target, *, upstream=1.0, unfused=True, **options):
-    """Loss and gradients of a backend are as near the float64 truth as the unfused op's at this dtype."""
-    true_loss, true_grads = expected(x, w, b, target, upstream=upstream, **options)
+def check(backend, dtype, draw, *, upstream=1.0, seeds=6, extra=0.0, **options):
+    """Loss and gradients of a backend are as near the float64 truth as the unfused op's at this dtype, over the
+    problems ``draw(seed) -> (x, w, b, target)``. ``extra``: a relative rounding that is allowed for on top."""
+    ours, theirs = ({name: [] for name in "xwb"} for _ in range(2))
+    ours_rows, theirs_rows = ({name: [] for name in "xw"} for _ in range(2))
+    for seed in range(seeds):
+        x, w, b, target = draw(seed)
+        true_loss, true_grads = expected(x, w, b, target, upstream=upstream, **options)
+        loss = linear_cross_entropy(x, w, target, linear_bias=b, backend=backend, **options)
+        assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert error(loss.detach(), true_loss) <= LOSS[dtype]
+        leaves = [t for t in (x, w, b) if t is not None]
+        grads = torch.autograd.grad(loss, leaves, torch.as_tensor(upstream, dtype=loss.dtype).expand_as(loss))
+        _, plain = expected(x, w, b, target, upstream=upstream, wide=None, **options)
+        for name, leaf, grad, true, eager in zip("xwb", leaves, grads, true_grads, plain, strict=False):
+            assert grad.dtype == leaf.dtype and grad.shape == leaf.shape
+            ours[name].append(error(grad, true))
+            theirs[name].append(error(eager, true))
+            if grad.ndim == 2 and true.any():
+                ours_rows[name].append(row_errors(grad, true))
+                theirs_rows[name].append(row_errors(eager, true))
+    for name, found in ours.items():
+        if found:
+            unfused = pooled(theirs[name])
+            assert pooled(found) <= ((FACTOR * unfused) ** 2 + extra**2) ** 0.5 + ROUNDING[dtype], name
+    for name, found in ours_rows.items():
+        for quantile in (0.5, 0.99) if found else ():
+            bound = 1.25 * torch.cat(theirs_rows[name]).quantile(quantile) + extra + 10 * ROUNDING[dtype]
+            assert torch.cat(found).quantile(quantile) <= bound, (name, quantile)
 
-    loss = linear_cross_entropy(x, w, target, linear_bias=b, backend=backend, **options)
-    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert error(loss.detach(), true_loss) <= LOSS[dtype]
-    leaves = [t for t in (x, w, b) if t is not None]
-    up = torch.as_tensor(upstream, dtype=loss.dtype).expand_as(loss)
-    grads = torch.autograd.grad(loss, leaves, up)
-    _, plain = expected(x, w, b, target, upstream=upstream, wide=None, **options)
-    for name, leaf, grad, true, eager in zip("xwb", leaves, grads, true_grads, plain, strict=False):
-        assert grad.dtype == leaf.dtype and grad.shape == leaf.shape
-        bound = FACTOR * error(eager, true) + ROUNDING[dtype]
-        assert error(grad, true) <= bound, name
-        if grad.ndim == 2 and true.any():
-            ours, theirs = row_errors(grad, true), row_errors(eager, true)
-            for quantile in (0.5, 0.99):
-                limit = 1.5 * theirs.quantile(quantile) + 10 * ROUNDING[dtype]
-                assert ours.quantile(quantile) <= limit, (name, quantile)
+
+def pooled(errors):
+    return (sum(e * e for e in errors) / len(errors)) ** 0.5
 
 
 # -- options ----------------------------------------------------------------------------------------------------------
@@ -113,9 +141,17 @@ def check(backend, dtype, x, w, b, target, *, upstream=1.0, unfused=True, **opti
 @each_case
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_hard_labels(backend, dtype, reduction):
-    x, w, b, y = problem(dtype=dtype)
-    upstream = torch.linspace(-2, 3, len(y), dtype=torch.float64) if reduction == "none" else -2.0
-    check(backend, dtype, x, w, b, y, reduction=reduction, upstream=upstream)
+    upstream = torch.linspace(-2, 3, 131, dtype=torch.float64) if reduction == "none" else -2.0
+    check(backend, dtype, hard(dtype=dtype), reduction=reduction, upstream=upstream)
+
+
+@each_case
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_upstream_gradients_that_are_no_power_of_two(backend, dtype, reduction):
+    """The gradients of a reduced loss are there before its upstream gradient is known: scaling them by -1.5 rounds
+    16-bit ones once more, by a third of the half-ulp squared, and nothing else."""
+    once = torch.finfo(dtype).eps / 2 / 3**0.5 if dtype.itemsize == 2 else 0.0
+    check(backend, dtype, hard(dtype=dtype), reduction=reduction, upstream=-1.5, extra=once)
 
 
 @each_case
@@ -123,8 +159,7 @@ def test_hard_labels(backend, dtype, reduction):
 @pytest.mark.parametrize(("tail", "total"), [
     ("none", 1.0), ("none", 0.6), ("renormalise", 0.6), ("bucket", 0.6), ("bucket", 1.0)])
 def test_sparse_targets(backend, dtype, reduction, tail, total):
-    x, w, b, y = problem(dtype=dtype)
-    check(backend, dtype, x, w, b, soft(len(y), w.shape[0], total=total), reduction=reduction, tail=tail)
+    check(backend, dtype, sparse(dtype=dtype, total=total), reduction=reduction, tail=tail)
 
 
 @each_case
@@ -134,18 +169,14 @@ def test_sparse_targets(backend, dtype, reduction, tail, total):
 ], ids=lambda options: "-".join(options))
 @pytest.mark.parametrize("kind", ["hard", "sparse"])
 def test_options(backend, dtype, options, kind):
-    x, w, b, y = problem(dtype=dtype)
-    target = y if kind == "hard" else soft(len(y), w.shape[0])
-    check(backend, dtype, x, w, b, target, **options)
+    check(backend, dtype, hard(dtype=dtype) if kind == "hard" else sparse(dtype=dtype), **options)
 
 
 @each_case
 @pytest.mark.parametrize(("smoothing", "reduction"), [(0.0, "mean"), (0.2, "mean"), (0.2, "none")])
 def test_class_weights_and_token_weights(backend, dtype, smoothing, reduction):
-    x, w, b, y = problem(dtype=dtype)
-    weight = torch.rand(w.shape[0]) + 0.1
-    token_weight = torch.rand(len(y)) * 2
-    check(backend, dtype, x, w, b, y, weight=weight, token_weight=token_weight, label_smoothing=smoothing,
+    weight, token_weight = torch.rand(601) + 0.1, torch.rand(131) * 2
+    check(backend, dtype, hard(dtype=dtype), weight=weight, token_weight=token_weight, label_smoothing=smoothing,
           reduction=reduction)
 
 
@@ -162,8 +193,7 @@ def test_default_options_equal_pytorch(backend):
 
 @each_case
 def test_without_bias(backend, dtype):
-    x, w, _, y = problem(dtype=dtype, bias=False)
-    check(backend, dtype, x, w, None, y)
+    check(backend, dtype, hard(dtype=dtype, bias=False))
 
 
 # -- shapes -----------------------------------------------------------------------------------------------------------
@@ -173,15 +203,24 @@ def test_without_bias(backend, dtype):
 @pytest.mark.parametrize("v", [1, 7, 50257, 128256, 151936, 262144])
 @pytest.mark.parametrize("n", [1, 5])
 def test_vocabulary_sizes(backend, v, n):
-    x, w, b, y = problem(n=n, d=8, v=v, ignored=0)
-    check(backend, torch.float32, x, w, b, y)
+    check(backend, torch.float32, hard(n=n, d=8, v=v, ignored=0), seeds=2)
 
 
 @each_backend
 def test_vocabulary_sizes_sparse(backend):
     for v in (1, 7, 262144):
-        x, w, b, _ = problem(n=3, d=8, v=v, ignored=0)
-        check(backend, torch.float32, x, w, b, soft(3, v, total=0.9), tail="bucket")
+        check(backend, torch.float32, sparse(n=3, d=8, v=v, total=0.9), tail="bucket", seeds=2)
+
+
+@each_backend
+def test_sums_over_a_large_vocabulary_keep_their_digits(backend):
+    """Megatron #2206: numerics that fail only past V = 250k. Few rows meet one running sum in the library's product:
+    d_input in blocks of the vocabulary is at least ten times nearer the truth."""
+    x, w, b, y = problem(n=3, d=8, v=262144, ignored=0)
+    _, (true, *_) = expected(x, w, b, y)
+    _, (eager, *_) = expected(x, w, b, y, wide=None)
+    (ours,) = torch.autograd.grad(linear_cross_entropy(x, w, y, linear_bias=b, backend=backend), (x,))
+    assert error(ours, true) < error(eager, true) / 10
 
 
 @each_backend
