@@ -61,41 +61,41 @@ float load_row(const T* u, const float* bias, float cap_slope, float* v, int64_t
   return max[0];
 }
 
-// sum_j exp(slope * (v_j - max)), optionally storing the terms (e may be v itself).
-template <bool kStore>
-double exp_sum(const float* v, float max, float slope, float* e, int64_t n) {
+// sum_j term(j): float32 within a block, float64 across blocks.
+template <class Term>
+SSD_CORE_INLINE double blocked_sum(int64_t n, const Term& term) {
   double total = 0;
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int64_t end = begin + kBlock < n ? begin + kBlock : n;
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t j = begin; j < end; ++j) {
-      const float x = exp_nonpositive(slope * (v[j] - max));
-      if constexpr (kStore) {
-        e[j] = x;
-      }
-      sum += x;
+      sum += term(j);
     }
     total += sum;
   }
   return total;
 }
 
+// sum_j exp(slope * (v_j - max)), optionally storing the terms (e may be v itself).
+template <bool kStore>
+double exp_sum(const float* v, float max, float slope, float* e, int64_t n) {
+  return blocked_sum(n, [=](int64_t j) __attribute__((always_inline)) {
+    const float x = exp_nonpositive(slope * (v[j] - max));
+    if constexpr (kStore) {
+      e[j] = x;
+    }
+    return x;
+  });
+}
+
 // sum_j c_j (max - v_j), c = 1 without class weights.
 template <bool kClassWeight>
 double spread_sum(const float* v, float max, const float* class_weight, int64_t n) {
-  double total = 0;
-  for (int64_t begin = 0; begin < n; begin += kBlock) {
-    const int64_t end = begin + kBlock < n ? begin + kBlock : n;
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t j = begin; j < end; ++j) {
-      const float x = max - v[j];
-      sum += kClassWeight ? class_weight[j] * x : x;
-    }
-    total += sum;
-  }
-  return total;
+  return blocked_sum(n, [=](int64_t j) __attribute__((always_inline)) {
+    const float x = max - v[j];
+    return kClassWeight ? class_weight[j] * x : x;
+  });
 }
 
 struct GradientTerms {
