@@ -63,13 +63,13 @@ class Backend:
 
 
 _CHUNKED = "ssd_core.chunked.linear_cross_entropy"
-_LATER = ("grad_filter", "grad_filter_weight", "vocab_order", "process_group")
+_FILTER = ("grad_filter", "grad_filter_weight")
 
 BACKENDS = (
     Backend("linear_cross_entropy", "cpu", f"{_CHUNKED}:linear_cross_entropy_cpu", devices=("cpu",),
-            dtypes=("float32", "bfloat16"), lacks=_LATER, needs="ssd_core.native:missing"),
-    Backend("linear_cross_entropy", "torch", f"{_CHUNKED}:linear_cross_entropy", lacks=_LATER),
-    Backend("linear_cross_entropy", "reference", "ssd_core.reference.linear_cross_entropy:run", lacks=_LATER,
+            dtypes=("float32", "bfloat16"), lacks=(*_FILTER, "process_group", "class probabilities"), needs="ssd_core.native:missing"),
+    Backend("linear_cross_entropy", "torch", f"{_CHUNKED}:linear_cross_entropy"),
+    Backend("linear_cross_entropy", "reference", "ssd_core.reference.run:linear_cross_entropy", lacks=("process_group",),
             automatic=False),
     Backend("sample", "torch", "ssd_core.chunked.sample:sample"),
     Backend("sample", "reference", "ssd_core.reference.sample:run", devices=("cpu",), automatic=False),

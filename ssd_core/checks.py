@@ -14,8 +14,9 @@ class UsageError(ValueError):
 
 
 def expect(condition: bool, argument: str, expected: str, given: object) -> None:
-    """Raise ``ValueError("argument: expected ..., got ...")`` unless the condition holds."""
+    """Raise ``ValueError("argument: expected ..., got ...")`` unless the condition holds. A tensor is described."""
     if not condition:
+        given = describe(given) if hasattr(given, "dtype") else given
         raise ValueError(f"{argument}: expected {expected}, got {given}")
 
 
@@ -33,8 +34,17 @@ def finite_positive(value: float, argument: str) -> None:
     expect(math.isfinite(value) and value > 0, argument, "a finite number above 0", value)
 
 
+def finite_not_negative(value: float, argument: str) -> None:
+    expect(math.isfinite(value) and value >= 0, argument, "a finite number, at least 0", value)
+
+
 def in_range(value: float, argument: str, low: float, high: float) -> None:
     expect(low <= value <= high, argument, f"a number in [{low}, {high}]", value)
+
+
+def one_of(value: str, argument: str, choices: tuple[str, ...]) -> None:
+    *others, last = map(repr, choices)
+    expect(value in choices, argument, f"{', '.join(others)} or {last}", repr(value))
 
 
 def labels_in_range(labels: torch.Tensor, vocab: int, argument: str) -> None:

@@ -1,4 +1,4 @@
-"""The command line: ``ssd-core info | sample | train | run | eval | report``.
+"""The command line: ``ssd-core info | sample | train | run | eval | report | bench``.
 
 Exit codes: 0 done, 1 failure, 2 wrong use, 130 interrupted.
 """
@@ -267,6 +267,16 @@ def report(out: Out = Path("run"), debug: Debug = False):
     page = write_report(out)
     console.print(summary(out))
     console.print(f"report: {page}", soft_wrap=True)
+
+
+# imported at first use, and with commands and options of its own
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def bench(context: typer.Context):
+    """Measure every op against its peers: error, time, memory."""
+    with _exit_codes(debug=False):
+        from ssd_core.bench.run import app as bench_app
+
+        bench_app(context.args, prog_name="ssd-core bench")
 
 
 def _run(out, model, prompts: Prompts | None, settings, batch_size, resume, **options) -> Run:

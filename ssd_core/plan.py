@@ -3,51 +3,115 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 
 from ssd_core.checks import expect
-from ssd_core.chunked.cross_entropy_rows import block_elements
+from ssd_core.chunked.grad_filter import TILE
+from ssd_core.chunked.logits import block_elements
 
 MIB = 1 << 20
 DEFAULT_WORKSPACE = {"cpu": 64 * MIB}  # bytes, by device type
 ACCELERATOR_WORKSPACE = 512 * MIB
+BALANCE = {2: (40, 250), 4: (10, 100), 8: (5, 20)}  # FLOP in the time of a byte, by item size: CPU, accelerator
 
 
 @dataclasses.dataclass(frozen=True)
 class ChunkPlan:
-    """``rows`` of logits are held at a time; products that are added to a wider accumulator come in ``columns``."""
+    """``rows`` x ``tile`` logits are held at a time. If a tile is all of the vocabulary they are computed once, else
+    once for every look at them. Products on their way into a wider sum come in ``columns`` of the vocabulary."""
 
     rows: int
     columns: int
+    tile: int
 
 
-def plan_chunks(
-    tokens: int, hidden: int, vocab: int, support: int, *, dtype: torch.dtype, device: torch.device,
-    gathered: bool, workspace_bytes: int | None,
-) -> ChunkPlan:
-    """Rows of (tokens, vocab) logits and columns of d_weight products that fit ``workspace_bytes``.
+@dataclasses.dataclass(frozen=True)
+class Demand:
+    """What a call asks for. ``vocab`` counts the columns of this rank that are looked at."""
 
-    The workspace holds, besides the logits: the rows gathered from ``input`` and written back to its gradient when
-    ignored rows are dropped, targets, per-token results, the row pass's own buffers, and (16-bit only) a product on
-    its way into the float32 accumulator of d_weight.
+    tokens: int
+    hidden: int
+    vocab: int
+    support: int
+    dtype: torch.dtype          # that products are taken in
+    device: torch.device
+    gathered: bool = False      # rows are dropped
+    cast: bool = False          # the weight has another dtype
+    logits: int = 1             # (rows, vocabulary) buffers: the student's, and a teacher's that is computed
+    buffers: int = 6            # float32 blocks of a row pass
+    passes: int = 1             # looks at all logits before the gradient
+    wide_input: bool = False    # d_input is added up in float32
+    filtered: bool = False      # by the gradient filter, which needs all columns
+
+    def fixed(self) -> int:
+        """Bytes that do not depend on the plan, but for the row pass's own buffers."""
+        per_token = 5 * 8       # results, row scale, row index
+        if self.wide_input and self.dtype.itemsize == 2:
+            per_token += self.hidden * 4
+        if self.filtered:
+            per_token += self.vocab // TILE * 4
+        matched = self.vocab * (8 + 4) + 2 * (self.vocab // TILE + 1) * self.hidden * 4 if self.filtered else 0
+        return self.tokens * per_token + matched
+
+    def row(self, tile: int) -> int:
+        """Bytes of one row of a chunk."""
+        itemsize = self.dtype.itemsize
+        # gathered or cast hidden states, their gradient, and a partial product of it
+        vectors = 1 + (1 if self.gathered or self.cast else 0) + (1 if itemsize > 2 else 2 if tile < self.vocab else 0)
+        filtered = self.vocab // TILE * 40 + 3 * TILE * itemsize + self.hidden * 4 if self.filtered else 0
+        return tile * itemsize * self.logits + self.support * 20 + vectors * self.hidden * itemsize + filtered
+
+    def row_pass(self, tile: int) -> int:
+        return self.buffers * max(tile, block_elements(self.device)) * 4
+
+
+def plan_chunks(demand: Demand, workspace_bytes: int | None) -> ChunkPlan:
+    """Rows and columns of logits that fit ``workspace_bytes``, with all else that the call needs beyond its inputs and
+    the gradients that it returns.
+
+    All columns of as many rows as fit; or, if that is no row or so few that adding up d_weight costs more than
+    computing the logits again, tiles of the vocabulary.
     """
     if workspace_bytes is None:
-        workspace_bytes = DEFAULT_WORKSPACE.get(device.type, ACCELERATOR_WORKSPACE)
-    itemsize = dtype.itemsize
-    per_token = 4 * 8  # loss, nll, lse, row scale, row index
-    row_pass = 6 * max(vocab, block_elements(device)) * 4
-    columns = vocab
-    product = 0
-    if itemsize == 2:
+        workspace_bytes = DEFAULT_WORKSPACE.get(demand.device.type, ACCELERATOR_WORKSPACE)
+    itemsize, vocab, tokens = demand.dtype.itemsize, demand.vocab, demand.tokens
+    columns, product = vocab, 0
+    if itemsize == 2 or demand.cast:
         # one eighth of the budget, or at least a thin slice of the vocabulary
-        columns = min(vocab, max(64, workspace_bytes // 8 // (hidden * itemsize)))
-        product = columns * hidden * itemsize
-    fixed = tokens * per_token + row_pass + product
-    vectors = (2 if gathered else 0) + (1 if itemsize > 2 else 0)     # gathered and returned rows; a partial product
-    per_row = vocab * itemsize + support * 12 + vectors * hidden * itemsize
-    rows = min(tokens, (workspace_bytes - fixed) // per_row)
-    if tokens:
-        least = fixed + per_row
-        expect(rows >= 1, "workspace_bytes", f"at least {least} for one row of {vocab} logits", workspace_bytes)
-    return ChunkPlan(rows=max(rows, 1), columns=columns)
+        columns = min(vocab, max(64, workspace_bytes // 8 // (demand.hidden * max(itemsize, 4 if demand.cast else 0))))
+        product = columns * demand.hidden * (itemsize + (4 if demand.cast else 0))
+    free = workspace_bytes - demand.fixed() - product
+
+    whole = min(tokens, (free - demand.row_pass(vocab)) // demand.row(vocab))
+    if tokens <= max(whole, 0) or (demand.filtered and whole >= 1):
+        return ChunkPlan(max(whole, 1), columns, vocab)
+    expect(not demand.filtered, "workspace_bytes", f"at least {workspace_bytes - free + demand.row_pass(vocab) + demand.row(vocab)} "
+           f"for the gradient filter, which looks at whole rows of {vocab} logits", workspace_bytes)
+
+    rows, tile = _square(demand, free)
+    least = workspace_bytes - free + demand.row_pass(1) + demand.row(1)
+    expect(rows >= 1, "workspace_bytes", f"at least {least} for one logit", workspace_bytes)
+    if whole >= 1 and _cost(demand, whole, 0) <= _cost(demand, rows, demand.passes):
+        return ChunkPlan(whole, columns, vocab)
+    return ChunkPlan(rows, columns, tile)
+
+
+def _square(demand: Demand, free: int) -> tuple[int, int]:
+    """Rows and columns of tiles, about as many of one as of the other."""
+    rows = min(demand.tokens, math.isqrt(max(0, free) // (demand.dtype.itemsize * demand.logits)))
+    while rows >= 1:
+        left = free - demand.row_pass(1) - rows * demand.row(0)
+        tile = min(demand.vocab, left // (rows * demand.dtype.itemsize * demand.logits))
+        if tile >= min(rows, demand.vocab):
+            return rows, tile
+        rows = rows * 3 // 4
+    return 0, 0
+
+
+def _cost(demand: Demand, rows: int, recomputed: int) -> float:
+    """Of a call in products: logits, d_input, d_weight; logits again; and adding up d_weight, 8 bytes for 2 ``rows``
+    FLOP and element."""
+    balance = BALANCE[demand.dtype.itemsize][demand.device.type != "cpu"]
+    return 3 + recomputed + 4 * balance / rows

@@ -2,106 +2,172 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from ssd_core import backends, checks
-from ssd_core.plan import plan_chunks
+from ssd_core.chunked import groups
+from ssd_core.ops import tokens
+from ssd_core.plan import Demand, plan_chunks
 from ssd_core.targets import SparseTarget
 
 
 class LossStats(NamedTuple):
     """What the loss was made of; constants, in the target's shape and 0 where a token is ignored."""
 
-    nll: torch.Tensor           # negative log-likelihood, without class weight, smoothing, z-loss or token weight
-    lse: torch.Tensor           # log-sum-exp of the logits
-    denominator: torch.Tensor   # 0-d: what "mean" divides by
+    nll: Tensor             # negative log-likelihood, without class weight, smoothing, z-loss or token weight
+    lse: Tensor             # log-sum-exp of the logits
+    denominator: Tensor     # 0-d: what "mean" divides by
+    skipped_max: Tensor     # 0-d: the largest softmax mass of a token that the gradient filter skipped
+    skipped_mean: Tensor    # 0-d: the mean
+    active: Tensor          # 0-d: fraction of (token, vocabulary tile) pairs that it did not skip
 
 
-class _Reduced(torch.autograd.Function):
-    """The summed loss, its gradients computed along with it: three products in all."""
+class Options(NamedTuple):
+    """Numbers that the loss depends on."""
 
-    @staticmethod
-    def forward(ctx, input, linear_weight, linear_bias, run, needs, row_weight, scale):
-        # float16 gradients of a mean underflow: there the scale's power of two, which rounds nothing, waits for the
-        # backward, after loss scaling
-        late = input.dtype == torch.float16
-        early_scale, exponent = torch.frexp(scale) if late else (scale, None)
-        loss, nll, lse, *grads = run(
-            input, linear_weight, linear_bias, row_scale=row_weight * early_scale if any(needs) else None,
-            needs=needs, keep_float32=late)
-        ctx.save_for_backward(*grads, torch.ldexp(torch.ones_like(scale), exponent) if late else None)
-        ctx.dtypes = [None if t is None else t.dtype for t in (input, linear_weight, linear_bias)]
-        ctx.mark_non_differentiable(nll, lse)
-        return (loss * row_weight).sum() * scale, nll, lse
-
-    @staticmethod
-    def backward(ctx, grad_loss, *_):
-        _refuse_create_graph()
-        *grads, late_scale = ctx.saved_tensors
-        scale = grad_loss if late_scale is None else grad_loss * late_scale
-        # In place only if nobody comes back for these gradients. 16-bit ones are rounded once more unless the scale
-        # is a power of two: the price of computing them before it is known.
-        kept = torch._C._autograd._get_current_graph_task_keep_graph()
-        if not kept and scale.device.type == "cpu" and scale.item() == 1:
-            scaled = grads
-        elif kept:
-            scaled = [None if grad is None else grad * scale for grad in grads]
-        else:
-            scaled = [None if grad is None else grad.mul_(scale) for grad in grads]
-        cast = [None if grad is None else grad.to(dtype) for grad, dtype in zip(scaled, ctx.dtypes, strict=True)]
-        return *cast, None, None, None, None
+    logit_scale: float
+    softcap: float              # 0: none
+    temperature: float
+    label_smoothing: float
+    z_loss: float
 
 
-class _PerToken(torch.autograd.Function):
-    """The loss of each token; the backward recomputes the logits, so that any upstream gradient is honoured."""
+@torch.library.custom_op("ssd_core::linear_cross_entropy", mutates_args=())
+def _linear_cross_entropy(
+    input: Tensor,                      # (N, D)
+    linear_weight: Tensor,              # (V, D)
+    linear_bias: Tensor | None,         # (V,)
+    ids: Tensor,                        # (N, K); with dense targets not looked at
+    probs: Tensor | None,               # (N, K); None: hard labels, K = 1
+    dense: Tensor | None,               # (N, V) class probabilities
+    valid: Tensor,                      # (N,) bool
+    class_weight: Tensor | None,        # (V,)
+    label_weight: Tensor | None,        # (N,) class weight of each label
+    row_scale: Tensor | None,           # (N,); None: no total and no gradients
+    vocab_order: Tensor | None,         # (V,)
+    needs: list[bool],                  # gradients of input, weight, bias
+    dtype: torch.dtype,                 # of products
+    options: list[float],
+    bucket: bool,
+    filters: list[float],               # of d_input, of d_weight
+    workspace_bytes: int | None,
+    process_group: str,
+    vocab_start: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``(total, loss, nll, lse, certificate, d_input, d_weight, d_bias)``: total 0-d is ``(row_scale * loss).sum()``,
+    its gradients those that ``needs`` asks for (the others are empty), in float32 for float16; loss, nll, lse (N,)."""
+    group = groups.find(process_group)
+    mine, vocab = len(linear_weight), len(linear_weight)
+    if group is not None:
+        vocab = int(groups.all_reduce(torch.tensor(mine, device=input.device), "sum", group))
+    lowest, count = (vocab_start, mine) if group is None else (0, vocab)
+    if dense is None:
+        used = valid.unsqueeze(-1) if probs is None else probs > 0
+        checks.labels_in_range(ids[used], lowest + count, "target" if probs is None else "target.ids")
+    if probs is not None and probs.device.type == "cpu":
+        checks.expect(not (probs < 0).any(), "target.probs", "weights of at least 0", "a negative one")
+    rows = None if valid.all() else valid.nonzero().squeeze(-1)         # ignored rows meet no product
+    named = {"grad_filter": filters[0], "grad_filter_weight": filters[1], "process_group": process_group,
+             "class probabilities": dense is not None}
+    function = backends.resolve(
+        "linear_cross_entropy", input.device, dtype, backend, [name for name, value in named.items() if value])
+    demand = Demand(
+        len(input) if rows is None else len(rows), input.shape[1], mine, ids.shape[1], dtype, input.device,
+        gathered=rows is not None, cast=linear_weight.dtype != dtype, wide_input=bool(process_group or any(filters)),
+        filtered=any(filters))
+    with tokens.without_autocast(input.device):
+        *results, certificate, d_input, d_weight, d_bias = function(
+            input, linear_weight, linear_bias, ids, probs, dense, rows, class_weight=class_weight,
+            label_weight=label_weight, row_scale=row_scale if row_scale is None or rows is None else row_scale[rows],
+            needs=needs, chunks=plan_chunks(demand, workspace_bytes), keep_float32=input.dtype == torch.float16,
+            dtype=dtype, group=group, vocab=vocab, vocab_start=vocab_start, grad_filter=filters[0],
+            grad_filter_weight=filters[1], vocab_order=vocab_order, bucket=bucket, **Options(*options)._asdict())
+    loss, nll, lse = (tokens.spread(values, rows, len(input)) for values in results)
+    total = loss.new_zeros(()) if row_scale is None else (loss * row_scale).sum()
+    if certificate is None:
+        certificate = loss.new_tensor([0.0, 0.0, 1.0])
+    grads = [loss.new_empty(0) if grad is None else grad for grad in (d_input, d_weight, d_bias)]
+    return total, loss, nll, lse, certificate, *grads
 
-    @staticmethod
-    def forward(ctx, input, linear_weight, linear_bias, run, needs):
-        loss, nll, lse, *_ = run(
-            input, linear_weight, linear_bias, row_scale=None, needs=needs, keep_float32=False)
-        ctx.save_for_backward(input, linear_weight, linear_bias)
-        ctx.run, ctx.needs = run, needs
-        ctx.mark_non_differentiable(nll, lse)
-        return loss, nll, lse
 
-    @staticmethod
-    def backward(ctx, grad_loss, *_):
-        _refuse_create_graph()
-        *_, d_input, d_weight, d_bias = ctx.run(
-            *ctx.saved_tensors, row_scale=grad_loss.contiguous(), needs=ctx.needs, keep_float32=False)
-        return d_input, d_weight, d_bias, None, None
+@_linear_cross_entropy.register_fake
+def _(input, linear_weight, linear_bias, ids, probs, dense, valid, class_weight, label_weight, row_scale, vocab_order,
+      needs, dtype, *_):
+    wide = tokens.wide_dtype(dtype)
+    each = [input.new_empty(len(input), dtype=wide) for _ in range(3)]
+    grads = []
+    for tensor, need in zip((input, linear_weight, linear_bias), needs, strict=True):
+        kept = torch.float32 if tensor is not input and input.dtype == torch.float16 else None
+        grads.append(torch.empty_like(tensor, dtype=kept, memory_format=torch.contiguous_format)
+                     if need and row_scale is not None else input.new_empty(0, dtype=wide))
+    return input.new_empty((), dtype=wide), *each, input.new_empty(3, dtype=wide), *grads
+
+
+def _save(ctx, inputs, output):
+    """A total comes with its gradients; the losses of single tokens are computed again in the backward, so that any
+    upstream gradient is honoured."""
+    ctx.set_materialize_grads(False)
+    _, loss, *constants = output
+    ctx.reduced = inputs[9] is not None
+    ctx.mark_non_differentiable(*constants, *([loss] if ctx.reduced else []))
+    tensors, ctx.options = inputs[:11], inputs[11:]
+    ctx.dtypes = [None if t is None else t.dtype for t in tensors[:3]]
+    if ctx.reduced:
+        tensors = [grad if need else None for grad, need in zip(output[5:], inputs[11], strict=True)]
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, grad_total, grad_loss, *_):
+    tokens.refuse_create_graph("linear_cross_entropy")
+    nothing = [None] * (8 + len(ctx.options))
+    if ctx.reduced:
+        grads = [None] * 3 if grad_total is None else tokens.scaled_gradients(
+            ctx.saved_tensors, grad_total, ctx.dtypes)
+        return *grads, *nothing
+    if grad_loss is None:
+        return None, None, None, *nothing
+    tensors = list(ctx.saved_tensors)
+    tensors[9] = grad_loss.contiguous()
+    found = _linear_cross_entropy(*tensors, *ctx.options)[5:]
+    return *(grad.to(dtype) if need else None for grad, dtype, need in zip(
+        found, ctx.dtypes, ctx.options[0], strict=True)), *nothing
+
+
+_linear_cross_entropy.register_autograd(_backward, setup_context=_save)
 
 
 def linear_cross_entropy(
-    input: torch.Tensor,
-    linear_weight: torch.Tensor,
-    target: torch.Tensor | SparseTarget,
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor | SparseTarget,
     *,
-    linear_bias: torch.Tensor | None = None,
-    weight: torch.Tensor | None = None,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
     reduction: str = "mean",
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     label_smoothing: float = 0.0,
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     z_loss: float = 0.0,
     tail: str = "none",
-    token_weight: torch.Tensor | None = None,
-    num_items_in_batch: float | torch.Tensor | None = None,
+    token_weight: Tensor | None = None,
+    num_items_in_batch: float | Tensor | None = None,
     shift: bool = False,
     grad_filter: float = 0.0,
     grad_filter_weight: float | None = None,
-    vocab_order: torch.Tensor | None = None,
+    vocab_order: Tensor | None = None,
     workspace_bytes: int | None = None,
     process_group=None,
     vocab_start: int = 0,
     backend: str = "auto",
     return_stats: bool = False,
+    options=None,
 ):
     """Cross-entropy of a linear head, its (N, V) logits never materialised. With default options it equals::
 
@@ -116,12 +182,15 @@ def linear_cross_entropy(
 
     Args:
         input: (..., D) hidden states; float64, float32, bfloat16 or float16.
-        linear_weight: (V, D) of input's dtype (under autocast both are cast).
-        target: (...) integer labels in [0, V) or ``ignore_index``, or a SparseTarget of shape (...).
+        linear_weight: (V, D) of input's dtype; under autocast any, and products are taken in autocast's dtype. For
+            K-dimensional losses (V, d_1, ..., d_K, D), as ``F.linear_cross_entropy`` has them.
+        target: (...) integer labels in [0, V) or ``ignore_index``; a SparseTarget of shape (...); or floating point
+            class probabilities (..., V).
         linear_bias: (V,).
-        weight: (V,) class weights, for hard labels.
+        weight: (V,) class weights, for hard labels and class probabilities.
         reduction: "mean" divides by ``num_items_in_batch``, or else by the sum of token weights times class weights
             of the tokens that are not ignored; "sum"; "none" returns (...) with 0 for ignored tokens.
+        ignore_index: None is -100. Of hard labels only; sparse targets whose weights are all 0 are ignored.
         temperature, logit_scale, softcap, z_loss: see above.
         tail: for sparse targets whose weights do not sum to 1. "none": as they are. "renormalise": divided by S.
             "bucket": what is missing to 1 is the target's probability of all other ids together.
@@ -129,11 +198,22 @@ def linear_cross_entropy(
         num_items_in_batch: the denominator of "mean" over all micro-batches and ranks; a number or 0-d tensor.
         shift: token t of ``input`` predicts token t + 1 of ``target`` along the last axis of ``target``; "none" then
             returns (..., T - 1).
+        grad_filter: bound on the softmax mass of a token that may be left out of the products that make input's
+            gradient; the rest is replaced by its rank-1 moment match, so that the gradient's row and column sums stay
+            exact and its error in L1 is at most twice the bound. The loss stays exact. 0 is exact. Backend "torch".
+        grad_filter_weight: the same for linear_weight's gradient; None is ``grad_filter``, 0 is exact. Rows of rarely
+            predicted tokens are then known by their tile's direction only: see the convergence study.
+        vocab_order: (V,) permutation whose runs of 256 ids are the filter's tiles; by default in order of mean
+            probability over the call's first 128 tokens.
         workspace_bytes: memory beyond inputs and returned gradients (16-bit weights add one float32 accumulator of
             their gradient); by default 64 MiB on a CPU, 512 MiB on an accelerator.
-        grad_filter, grad_filter_weight, vocab_order, process_group, vocab_start: in no backend yet; they raise.
+        process_group, vocab_start: the vocabulary is split over these ranks; ``linear_weight``, ``linear_bias``,
+            ``weight`` and class probabilities hold ids ``vocab_start``, ``vocab_start + 1``, ...; ``input`` and ids in
+            ``target`` are the same on all ranks, as are the loss and the gradient of ``input``.
         backend: "auto", or one of those that ``ssd-core info`` lists.
         return_stats: also return LossStats.
+        options: None or a ``torch.nn.LinearCrossEntropyOptions``, accepted for ``F.linear_cross_entropy``'s sake: what
+            it asks for, chunks and float32 sums, is done anyhow.
 
     Returns:
         The loss in float32 (float64 for float64 input), or (loss, LossStats). If no token counts it is 0, with zero
@@ -141,145 +221,96 @@ def linear_cross_entropy(
 
     Raises:
         ValueError, TypeError: an argument does not fit. IndexError: a label outside [0, V), on CPU; elsewhere the
-        loss is not finite. RuntimeError: ``create_graph=True``, which is not supported.
+        loss is NaN. RuntimeError: ``create_graph=True``, which is not supported.
     """
-    checks.expect(reduction in ("none", "mean", "sum"), "reduction", "'none', 'mean' or 'sum'", repr(reduction))
-    checks.expect(tail in ("none", "renormalise", "bucket"), "tail", "'none', 'renormalise' or 'bucket'", repr(tail))
-    _check_tensors(input, linear_weight, linear_bias, weight, target, token_weight)
-    checks.finite_positive(temperature, "temperature")
-    checks.finite_positive(logit_scale, "logit_scale")
-    checks.expect(math.isfinite(z_loss) and z_loss >= 0, "z_loss", "a finite number, at least 0", z_loss)
-    checks.in_range(label_smoothing, "label_smoothing", 0, 1)
-    if softcap is not None:
-        checks.finite_positive(softcap, "softcap")
-    input, linear_weight, linear_bias = _autocast(input, linear_weight, linear_bias)
-    checks.expect(linear_weight.dtype == input.dtype, "linear_weight", f"{input.dtype} like input", linear_weight.dtype)
+    if isinstance(linear_weight, Tensor) and linear_weight.ndim > 2:
+        from ssd_core.ops.k_dimensional import k_dimensional
 
-    shape = target.shape
-    vocab = linear_weight.shape[0]
-    wide = torch.float64 if input.dtype == torch.float64 else torch.float32
-    ids, probs, valid = _token_targets(target, ignore_index, tail, vocab, weight, wide)
-    token_weights = torch.ones(shape, dtype=wide, device=input.device) if token_weight is None else token_weight
+        given = locals()
+        names = [name for name in linear_cross_entropy.__kwdefaults__ if name != "options"]
+        return k_dimensional(input, linear_weight, target, **{name: given[name] for name in names})
+    checks.one_of(reduction, "reduction", tokens.REDUCTIONS)
+    checks.one_of(tail, "tail", ("none", "renormalise", "bucket"))
+    tokens.check_head(input, linear_weight, linear_bias)
+    tokens.check_logit_options(temperature, logit_scale, softcap, z_loss, label_smoothing)
+    checks.expect_type(target, "target", (Tensor, SparseTarget), "a tensor or a SparseTarget")
+    tokens.check_constants(weight=weight, token_weight=token_weight)
+    tokens.check_same_device(input, target=target, weight=weight, token_weight=token_weight)
+    shape, vocab = input.shape[:-1], linear_weight.shape[0]
+    tokens.check_vectors(weight=(weight, linear_weight.shape[:1]), token_weight=(token_weight, shape))
+    dtype = tokens.product_dtype(input, linear_weight)
+    filters = _filters(grad_filter, grad_filter_weight, tail, label_smoothing, vocab_order, vocab)
+
+    wide = tokens.wide_dtype(dtype)
+    ids, probs, dense, valid = _targets(target, shape, vocab, ignore_index, tail, weight, wide)
     if shift:
-        valid, ids, token_weights = _shifted(valid), _shifted(ids, -2), _shifted(token_weights)
-        probs = None if probs is None else _shifted(probs, -2)
+        ids, probs, valid = tokens.shifted(ids, -2), tokens.shifted(probs, -2), tokens.shifted(valid)
+        dense = tokens.shifted(dense, -2)
     ids, valid = ids.reshape(-1, ids.shape[-1]), valid.reshape(-1)
     probs = None if probs is None else probs.reshape(ids.shape)
-
-    rows = None if valid.all() else valid.nonzero().squeeze(-1)     # ignored rows meet no product
-    row_weight = token_weights.reshape(-1).to(wide)
-    row_weight = row_weight if rows is None else row_weight[rows]
+    dense = None if dense is None else dense.reshape(-1, vocab)
+    row_weight = tokens.row_weights(token_weight, shape, shift, wide, input.device) * valid
     class_weight = None if weight is None else weight.to(wide)
-    if num_items_in_batch is not None:
-        denominator = torch.as_tensor(num_items_in_batch, device=input.device).to(wide)
-        checks.expect(denominator.ndim == 0, "num_items_in_batch", "a number or 0-d tensor", denominator.shape)
-    else:
-        counted = ids[:, 0] if rows is None else ids[rows, 0]
-        denominator = (row_weight if class_weight is None else row_weight * class_weight[counted]).sum()
-
-    lacking = {"grad_filter": grad_filter, "grad_filter_weight": grad_filter_weight, "vocab_order": vocab_order,
-               "process_group": process_group, "vocab_start": vocab_start}
-    options = [name for name, value in lacking.items() if value is not None and (torch.is_tensor(value) or value != 0)]
-    function = backends.resolve("linear_cross_entropy", input.device, input.dtype, backend, options)
-    chunks = plan_chunks(
-        valid.shape[0] if rows is None else rows.shape[0], input.shape[-1], vocab, ids.shape[-1], dtype=input.dtype,
-        device=input.device, gathered=rows is not None, workspace_bytes=workspace_bytes)
-    run = functools.partial(
-        _without_autocast, function, ids=ids, probs=probs, rows=rows, class_weight=class_weight, chunks=chunks,
-        label_smoothing=label_smoothing, temperature=temperature, logit_scale=logit_scale, softcap=softcap,
-        z_loss=z_loss, bucket=tail == "bucket")
+    label_weight = None
+    if weight is not None and dense is None:
+        label_weight = _label_weight(class_weight, ids[:, 0], vocab_start, process_group)
+    denominator = tokens.mean_denominator(
+        num_items_in_batch, row_weight if label_weight is None else row_weight * label_weight, wide)
 
     head = (input.reshape(-1, input.shape[-1]), linear_weight, linear_bias)
-    needs = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in head)
+    targets = (ids, probs, dense, valid, class_weight, label_weight)
+    numbers = Options(float(logit_scale), float(softcap or 0), float(temperature), float(label_smoothing), float(z_loss))
+    call = (vocab_order, tokens.needs(*head), dtype, list(numbers), tail == "bucket", filters, workspace_bytes,
+            tokens.group_name(process_group), vocab_start, backend)
     if reduction == "none":
-        loss, nll, lse = _PerToken.apply(*head, run, needs)
-        loss = _spread(loss * row_weight, rows, shape, shift)
+        _, loss, nll, lse, certificate, *_ = _linear_cross_entropy(*head, *targets, None, *call)
+        loss = tokens.shaped(loss * row_weight, shape, shift)
     else:
-        scale = torch.ones_like(denominator)
-        if reduction == "mean":
-            scale = torch.where(denominator == 0, 0, 1 / denominator)
-        loss, nll, lse = _Reduced.apply(*head, run, needs, row_weight, scale)
+        scale = tokens.reciprocal(denominator) if reduction == "mean" else torch.ones_like(denominator)
+        early, late = tokens.split_scale(scale, dtype)
+        loss, _, nll, lse, certificate, *_ = _linear_cross_entropy(*head, *targets, row_weight * early, *call)
+        loss = loss if late is None else loss * late
     if return_stats:
-        return loss, LossStats(_spread(nll, rows, shape, shift), _spread(lse, rows, shape, shift), denominator)
+        each = (tokens.shaped(values, shape, shift) for values in (nll, lse))
+        return loss, LossStats(*each, denominator, *certificate.unbind())
     return loss
 
 
-def _check_tensors(input, linear_weight, linear_bias, weight, target, token_weight):
-    for name, tensor in (("input", input), ("linear_weight", linear_weight)):
-        checks.expect_type(tensor, name, torch.Tensor, "a tensor")
-    checks.expect_type(target, "target", (torch.Tensor, SparseTarget), "a tensor or a SparseTarget")
-    floats = input.is_floating_point() and input.ndim > 0
-    checks.expect(floats, "input", "floating point (..., D)", checks.describe(input))
-    hidden = input.shape[-1]
-    matrix = linear_weight.ndim == 2 and linear_weight.shape[1] == hidden and linear_weight.shape[0] > 0
-    checks.expect(matrix, "linear_weight", f"(V, {hidden})", checks.describe(linear_weight))
-    vocab, tokens = linear_weight.shape[0], input.shape[:-1]
-    checks.expect(target.shape == tokens, "target", f"{tuple(tokens)} like input without D", tuple(target.shape))
-    if isinstance(target, torch.Tensor):
-        integers = not (target.is_floating_point() or target.is_complex() or target.dtype == torch.bool)
-        checks.expect(integers, "target", "integer labels or a SparseTarget", checks.describe(target))
-    vectors = (("linear_bias", linear_bias, (vocab,)), ("weight", weight, (vocab,)),
-               ("token_weight", token_weight, tuple(tokens)))
-    for name, tensor, shape in vectors:
-        if tensor is not None:
-            fits = tensor.is_floating_point() and tuple(tensor.shape) == shape
-            checks.expect(fits, name, f"floating point {shape}", checks.describe(tensor))
-    for name, tensor in (("weight", weight), ("token_weight", token_weight)):
-        constant = tensor is None or not tensor.requires_grad
-        checks.expect(constant, name, "a constant (no gradient reaches it)", "a tensor that requires grad")
-    others = (("linear_weight", linear_weight), ("target", target), ("linear_bias", linear_bias), ("weight", weight),
-              ("token_weight", token_weight))
-    for name, tensor in others:
-        same = tensor is None or tensor.device == input.device
-        checks.expect(same, name, f"a tensor on {input.device} like input", None if same else tensor.device)
+def _targets(target, shape, vocab, ignore_index, tail, weight, wide):
+    """ids (..., K), probs (..., K) or None, class probabilities (..., V) or None, and which tokens count (...)."""
+    if isinstance(target, SparseTarget):
+        checks.expect(target.shape == shape, "target", f"{tuple(shape)} like input without D", tuple(target.shape))
+        checks.expect(weight is None, "weight", "None with a SparseTarget", "class weights")
+        return target.ids, tokens.sparse_probs(target, tail, wide), None, (target.probs > 0).any(-1)
+    checks.expect(tail == "none", "tail", "'none' with hard labels and class probabilities", repr(tail))
+    if target.is_floating_point() and target.shape == (*shape, vocab):
+        given = ignore_index not in (None, -100)
+        checks.expect(not given, "ignore_index", "None with class probabilities", ignore_index)
+        checks.expect(not target.requires_grad, "target", "constant class probabilities", "a tensor that requires grad")
+        nothing = torch.zeros(*shape, 1, dtype=torch.int64, device=target.device)
+        return nothing, None, target, torch.ones(shape, dtype=torch.bool, device=target.device)
+    tokens.check_labels(target, "target", shape)
+    valid = target != (-100 if ignore_index is None else ignore_index)
+    return target.where(valid, 0).unsqueeze(-1), None, None, valid
 
 
-def _token_targets(target, ignore_index, tail, vocab, weight, wide):
-    """ids (..., K), probs (..., K) or None for hard labels, and which tokens count (...)."""
-    if isinstance(target, torch.Tensor):
-        checks.expect(tail == "none", "tail", "'none' with hard labels", repr(tail))
-        valid = target != ignore_index
-        checks.labels_in_range(target[valid], vocab, "target")
-        return target.where(valid, 0).unsqueeze(-1), None, valid
-    checks.expect(weight is None, "weight", "None with a SparseTarget", "class weights")
-    used = target.probs > 0
-    checks.labels_in_range(target.ids[used], vocab, "target.ids")
-    probs = target.probs.to(wide)
-    if probs.device.type == "cpu":
-        checks.expect(not (probs < 0).any(), "target.probs", "weights of at least 0", "a negative one")
-    if tail == "renormalise":
-        probs = probs / probs.sum(-1, keepdim=True).clamp_min(torch.finfo(probs.dtype).tiny)
-    return target.ids, probs, used.any(-1)
+def _label_weight(class_weight, ids, vocab_start: int, process_group):
+    """(N,) of each label, from the rank that has it."""
+    place = ids - vocab_start
+    mine = (place >= 0) & (place < len(class_weight))
+    found = torch.where(mine, class_weight[place.where(mine, 0)], 0)
+    return groups.all_reduce(found, "sum", process_group)
 
 
-def _autocast(*tensors):
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(None if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
-
-
-def _without_autocast(function, input, *args, **options):
-    with torch.autocast(input.device.type, enabled=False):
-        return function(input, *args, **options)
-
-
-def _shifted(tensor, axis=-1):
-    """Tokens 1 to T - 1, then zeros in the last place (which for ``valid`` means ignored)."""
-    checks.expect(tensor.ndim >= -axis, "target", "a time axis to shift along", tuple(tensor.shape))
-    later, last = tensor.narrow(axis, 1, tensor.shape[axis] - 1), tensor.narrow(axis, 0, 1)
-    return torch.cat((later, torch.zeros_like(last)), axis)
-
-
-def _spread(values, rows, shape, shift):
-    """(M,) values of the tokens that count -> the target's shape, 0 elsewhere."""
-    if rows is not None:
-        values = values.new_zeros(shape.numel()).index_copy(0, rows, values)
-    values = values.reshape(shape)
-    return values[..., :-1] if shift else values
-
-
-def _refuse_create_graph():
-    if torch.is_grad_enabled():
-        raise RuntimeError("linear_cross_entropy: create_graph=True is not supported (no second derivatives)")
+def _filters(grad_filter, grad_filter_weight, tail, label_smoothing, vocab_order, vocab) -> list[float]:
+    """The bounds for input's and for weight's gradient. What the certificate cannot cover is refused."""
+    filters = [float(grad_filter), float(grad_filter if grad_filter_weight is None else grad_filter_weight)]
+    for name, bound in zip(("grad_filter", "grad_filter_weight"), filters, strict=True):
+        checks.expect(math.isfinite(bound) and 0 <= bound < 1, name, "a number in [0, 1)", bound)
+        if bound:
+            checks.expect(tail != "bucket", name, "0 with tail='bucket' (its gradient is not bounded by softmax mass)", bound)
+            checks.expect(label_smoothing == 0, name, "0 with label_smoothing (its gradient is dense)", bound)
+    if vocab_order is not None:
+        fits = vocab_order.dtype == torch.int64 and vocab_order.shape == (vocab,)
+        checks.expect(fits, "vocab_order", f"int64 ({vocab},), a permutation", vocab_order)
+    return filters

@@ -3,7 +3,7 @@
 import sys
 
 import pytest
-from ssd_core.bench import measure
+from ssd_core.bench import jobs, measure
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
 
@@ -12,7 +12,8 @@ TOKENS, VOCAB, HIDDEN = 2048, 49152, 576
 
 
 def check(backend, mebibytes, dtype):
-    extra = measure.peak_extra([f"ssd-core {backend}, {mebibytes} MiB", dtype, str(TOKENS)])
+    job = jobs.Job("linear_cross_entropy", f"{VOCAB}x{HIDDEN}", TOKENS, dtype)
+    extra = measure.peak_extra(job, f"ssd-core {backend}, {mebibytes} MiB")
     chunks = TOKENS * VOCAB * 2 > mebibytes * MIB
     accumulator = VOCAB * HIDDEN * 4 if dtype == "bfloat16" and chunks else 0
     assert extra <= mebibytes * MIB + accumulator

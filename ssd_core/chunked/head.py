@@ -1,0 +1,233 @@
+"""From hidden states to a loss over a vocabulary and its gradients, in chunks: the loop that all ``linear_*`` ops share.
+
+What an op makes of its logits is a *row pass*, an object for the rows of one chunk:
+
+    update(c, first, rows, step)    statistics of a tile of logits c (r, C), columns first .. first + C; exp(z - max)
+    reduce(group, step)             the same over the ranks that share the vocabulary
+    finish(rows)                    ``results`` (n, R) and the gradient's coefficients, once all columns are in
+    probabilities(c, rows, e)       softmax of a tile, from what ``update`` returned if that was the same tile
+    gradient(c, first, rows, q)     with respect to c, overwriting q
+
+and ``passes``, how often all columns must be seen before ``finish``; ``open(tile, step)`` is called before each tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from ssd_core.chunked import groups
+from ssd_core.chunked.logits import blocks, capped, uncapped_, wide_dtype
+
+SUM_LENGTH = 1 << 14    # terms that a float32 product may add up in one go; shorter ones cost time
+
+
+class Head(NamedTuple):
+    """What makes raw outputs u of hidden states, and logits c of those."""
+
+    input: torch.Tensor             # (N, D)
+    weight: torch.Tensor            # (V, D), this rank's part of the vocabulary
+    bias: torch.Tensor | None       # (V,)
+    scale: float
+    softcap: float                  # 0: none
+    dtype: torch.dtype              # that products are taken in; a weight of another one is cast tile by tile
+
+    def outputs(self, x, tile: slice, out: torch.Tensor) -> torch.Tensor:
+        return torch.mm(x, self.weight[tile].to(self.dtype).t(), out=out)
+
+    def logits(self, u, tile: slice) -> torch.Tensor:
+        bias = None if self.bias is None else self.bias[tile].to(wide_dtype(self.dtype))
+        return capped(u, bias, self.scale, self.softcap)
+
+
+def run(
+    head: Head, make_pass: Callable, rows, *, scaled: bool, needs, chunks, keep_float32: bool = False, group=None,
+    vocab_start: int = 0, extent: int = 0, grad_filter=None, whole: Callable | None = None,
+):
+    """``(results (n, M), d_input, d_weight, d_bias)``, the results those of the row passes over M tokens.
+
+    ``rows`` (M,) int64 names the tokens that count, or None for all N: the others meet no product.
+    ``make_pass(index, part)`` is the row pass of tokens ``index``, which are ``part`` of the M. ``scaled``: whether
+    gradients are wanted at all; then of input, weight and bias as ``needs`` says, those of weight and bias left in
+    float32 by ``keep_float32``. ``chunks`` is a ``plan.ChunkPlan``; ``extent`` counts the columns that the pass looks
+    at, if there are more than V. ``grad_filter`` is a ``GradFilter``, for chunks that hold all columns. ``whole(
+    row_pass, u)`` replaces update, finish and gradient where a chunk holds all columns of all ranks.
+    """
+    count = head.input.shape[0] if rows is None else rows.shape[0]
+    vocab = head.weight.shape[0]
+    columns = max(vocab, extent)
+    tiles = [slice(first, min(first + chunks.tile, columns)) for first in range(0, columns, chunks.tile)]
+    gradients = Gradients(
+        head, needs if scaled else (False, False, False), chunks, one_chunk=0 < count <= chunks.rows,
+        keep_float32=keep_float32, summed=group is not None or grad_filter is not None)
+    buffer = head.input.new_empty(min(chunks.rows, count), min(chunks.tile, vocab), dtype=head.dtype)
+    results = [make_pass(slice(0, 0), slice(0, 0)).results] if count == 0 else []
+    for start in range(0, count, chunks.rows):
+        part = slice(start, min(start + chunks.rows, count))
+        index = part if rows is None else rows[part]
+        x = head.input[index].to(head.dtype)
+        row_pass = make_pass(index, part)
+        chunk = _Chunk(head, row_pass, x, buffer, vocab_start)
+        if len(tiles) == 1 and group is None and grad_filter is None:
+            u = chunk.outputs(tiles[0])
+            if whole:
+                whole(row_pass, u)
+            else:
+                chunk.in_cache(tiles[0], scaled)
+            if scaled:
+                gradients.add(x, u, tiles[0])
+        else:
+            chunk.statistics(tiles, group)
+            row_pass.finish()
+            if grad_filter is not None:
+                grad_filter.open_chunk(part, row_pass)
+                u = chunk.gradient(tiles[0], scaled, grad_filter)
+                grad_filter.add(gradients, x, u, scaled)
+            elif scaled:
+                for tile in tiles:
+                    gradients.add(x, chunk.gradient(tile), tile)
+        gradients.end_chunk(index)
+        results.append(row_pass.results)
+    if grad_filter is not None and scaled:
+        grad_filter.close(gradients, rows)
+    return torch.cat(results, -1), *gradients.close(group)
+
+
+class _Chunk:
+    """The rows of one chunk: raw outputs in a buffer, where the gradient takes their place."""
+
+    def __init__(self, head, row_pass, x, buffer, vocab_start):
+        self.head, self.row_pass, self.x, self.buffer, self.vocab_start = head, row_pass, x, buffer, vocab_start
+        self.held = None        # the tile whose outputs are in the buffer
+
+    def outputs(self, tile: slice):
+        """u of the tile; of columns beyond V, which only a teacher has, there are none."""
+        vocab = self.head.weight.shape[0]
+        u = self.buffer[: len(self.x), : max(0, min(tile.stop, vocab) - tile.start)]
+        if self.held != tile and u.shape[1]:
+            self.head.outputs(self.x, tile, u)
+        self.held = tile
+        return u
+
+    def blocks(self, tile: slice):
+        return blocks(len(self.x), tile.stop - tile.start, self.x.device)
+
+    def in_cache(self, tile: slice, scaled: bool) -> None:
+        """All of the row pass on a few rows at a time, while they are in cache."""
+        u, row_pass, first = self.outputs(tile), self.row_pass, self.vocab_start + tile.start
+        for step in range(row_pass.passes):
+            row_pass.open(tile, step)
+        for block in self.blocks(tile):
+            c = self.head.logits(u[block], tile)
+            for step in range(row_pass.passes):
+                e = row_pass.update(c, first, block, step)
+            row_pass.finish(block)
+            if scaled:
+                grad = row_pass.gradient(c, first, block, row_pass.probabilities(c, block, e))
+                u[block] = uncapped_(grad, c, self.head.scale, self.head.softcap)
+
+    def statistics(self, tiles, group) -> None:
+        """Column tiles one after the other, as often as the row pass asks for; then over the ranks."""
+        for step in range(self.row_pass.passes):
+            for tile in tiles:
+                u = self.outputs(tile)
+                self.row_pass.open(tile, step)
+                for block in self.blocks(tile):
+                    self.row_pass.update(self.head.logits(u[block], tile), self.vocab_start + tile.start, block, step)
+            if group is not None:
+                self.row_pass.reduce(group, step)
+
+    def gradient(self, tile: slice, scaled: bool = True, grad_filter=None):
+        """In the outputs' place; the filter sees the probabilities on the way."""
+        u, row_pass, first = self.outputs(tile), self.row_pass, self.vocab_start + tile.start
+        row_pass.open(tile, row_pass.passes)
+        for block in self.blocks(tile):
+            c = self.head.logits(u[block], tile)
+            q = row_pass.probabilities(c, block)
+            if grad_filter is not None:
+                grad_filter.weigh(q, block)
+            if scaled:
+                grad = row_pass.gradient(c, first, block, q)
+                u[block] = uncapped_(grad, c, self.head.scale, self.head.softcap)
+        self.held = None
+        return u
+
+
+class Gradients:
+    """Of a head's input, weight and bias, added up tile by tile and chunk by chunk.
+
+    d_weight needs no float32 accumulator if it is float32 itself, or if a single product makes each part of it.
+    """
+
+    def __init__(self, head: Head, needs, chunks, *, one_chunk: bool, keep_float32: bool, summed: bool):
+        self.head, self.chunks, self.keep_float32 = head, chunks, keep_float32
+        self.wide = wide_dtype(head.dtype)
+        self.once = one_chunk and not summed            # each part of d_weight comes from one product
+        same = head.weight.dtype == head.dtype
+        self.direct = same and (head.dtype == self.wide or (self.once and not keep_float32))
+        self.input = self.rows = self.weight = self.bias = None
+        if needs[0]:
+            self.input = torch.zeros_like(head.input, dtype=self.wide if summed else None)
+        if needs[1]:
+            make = torch.empty_like if self.direct and self.once else torch.zeros_like
+            self.weight = make(head.weight, dtype=head.weight.dtype if self.direct else self.wide,
+                               memory_format=torch.contiguous_format)
+        if needs[2]:
+            self.bias = torch.zeros_like(head.bias, dtype=self.wide)
+
+    def add(self, x, grad, tile: slice) -> None:
+        """``grad`` (R, C) with respect to the raw outputs of the rows ``x`` (R, D)."""
+        if grad.shape[1]:
+            self.add_input(grad, tile)
+            self.add_weight(x, grad, tile)
+            self.add_bias(grad, tile)
+
+    def add_input(self, grad, tile: slice) -> None:
+        """To ``rows``: grad @ weight[tile], (R, C) by (C, D).
+
+        Of few rows, libraries add up all terms in one running float32 sum, which at V = 262,144 costs two digits: sums
+        over blocks of the vocabulary, added up, do not. (``addmm`` onto ``rows`` would go on with the running sum.)
+        One product of 16-bit numbers is rounded once; several are added up in float32.
+        """
+        if self.input is None:
+            return
+        cast, columns = self.head.weight.dtype != self.head.dtype, grad.shape[1]
+        length = self.chunks.columns if cast else SUM_LENGTH if grad.dtype.itemsize > 2 else columns
+        if self.rows is None and grad.dtype != self.wide and length < len(self.head.weight):
+            self.rows = grad.new_zeros(len(grad), self.head.weight.shape[1], dtype=self.wide)
+        for start in range(0, columns, length):
+            stop = min(start + length, columns)
+            weight = self.head.weight[tile.start + start : tile.start + stop].to(self.head.dtype)
+            product = grad[:, start:stop] @ weight
+            self.rows = product if self.rows is None else self.rows.add_(product)
+
+    def add_weight(self, x, grad, tile: slice) -> None:
+        if self.weight is None:
+            return
+        out = self.weight[tile]
+        if self.direct:
+            torch.addmm(out, grad.t(), x, beta=0 if self.once else 1, out=out)
+            return
+        for start in range(0, len(out), self.chunks.columns):
+            columns = slice(start, min(start + self.chunks.columns, len(out)))
+            out[columns] += grad[:, columns].t() @ x
+
+    def add_bias(self, grad, tile: slice) -> None:
+        if self.bias is not None:
+            self.bias[tile] += grad.sum(0, dtype=self.wide)
+
+    def end_chunk(self, index) -> None:
+        if self.rows is not None:
+            self.input[index] = self.rows.to(self.input.dtype)
+            self.rows = None
+
+    def close(self, group):
+        d_input, d_weight, d_bias = self.input, self.weight, self.bias
+        if d_input is not None:
+            d_input = groups.all_reduce(d_input, "sum", group).to(self.head.input.dtype)
+        if not self.keep_float32:
+            d_weight = None if d_weight is None else d_weight.to(self.head.weight.dtype)
+            d_bias = None if d_bias is None else d_bias.to(self.head.bias.dtype)
+        return d_input, d_weight, d_bias

@@ -1,0 +1,109 @@
+"""What every row pass is made of: logits from a head's raw outputs, and sums over columns that come in tiles."""
+
+from __future__ import annotations
+
+import torch
+
+from ssd_core.chunked import groups
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums over the vocabulary are taken in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def block_elements(device: torch.device) -> int:
+    """Logits worked on at a time: a few float32 buffers of this size stay in a CPU's cache, and fill an accelerator."""
+    return 1 << 17 if device.type == "cpu" else 1 << 22
+
+
+def blocks(count: int, columns: int, device: torch.device):
+    """Slices of ``count`` rows, each of about ``block_elements`` logits."""
+    step = max(1, block_elements(device) // max(1, columns))
+    for start in range(0, count, step):
+        yield slice(start, min(start + step, count))
+
+
+def capped(u, bias, scale: float, softcap: float):
+    """c = softcap * tanh(scale * (u + bias) / softcap) in float32 (float64); a softcap of 0 is none. May be u itself."""
+    c = u.to(wide_dtype(u.dtype))
+    if bias is not None:
+        c = c + bias
+    if scale != 1:
+        c = c * scale
+    if softcap:
+        c = softcap * torch.tanh(c / softcap)
+    return c
+
+
+def uncapped_(grad, c, scale: float, softcap: float):
+    """The gradient with respect to c becomes that with respect to u, in place."""
+    if softcap:
+        grad.mul_(1 - (c / softcap).square_())      # tanh' = 1 - tanh^2
+    return grad.mul_(scale) if scale != 1 else grad
+
+
+def inside_tile(ids, used, first: int, columns: int):
+    """Which of the ids (r, K) lie in columns [first, first + columns), and their place there (0 for the others)."""
+    inside = used & (ids >= first) & (ids < first + columns)
+    return inside, (ids - first).where(inside, 0)
+
+
+class LogSumExp:
+    """The maximum of each row and sum(exp(z - maximum)), over tiles of columns and over ranks."""
+
+    def __init__(self, rows: int, dtype: torch.dtype, device):
+        self.max = torch.full((rows,), -torch.inf, dtype=dtype, device=device)
+        self.sum = torch.zeros(rows, dtype=dtype, device=device)
+
+    def add(self, z, rows: slice):
+        """Take in columns (r, C) of these rows: exp(z - max) with the maximum so far, and by how much that rose."""
+        before = self.max[rows].clone()
+        top = torch.maximum(before, z.amax(-1)) if z.shape[-1] else before
+        shift = top.masked_fill(top == -torch.inf, 0)           # rows of -inf alone: exp(-inf) = 0, not NaN
+        e = torch.exp(z - shift.unsqueeze(-1))
+        self.sum[rows] = self.sum[rows] * torch.exp(before - shift) + e.sum(-1)
+        self.max[rows] = top
+        return e, torch.where(before == -torch.inf, 0, top - before)
+
+    def reduce(self, group) -> torch.Tensor:
+        """Over the ranks of a group; by how much this rank's maximum rose."""
+        before = self.max
+        self.max = groups.all_reduce(before.clone(), "max", group)
+        shift = self.max.masked_fill(self.max == -torch.inf, 0)
+        self.sum = groups.all_reduce(self.sum * torch.exp(before - shift), "sum", group)
+        return torch.where(before == -torch.inf, 0, self.max - before)
+
+    def softmax(self, z, rows: slice):
+        """exp(z - value) of columns of these rows; by the maximum first, as z - value would lose digits."""
+        shift = self.max[rows].masked_fill(self.max[rows] == -torch.inf, 0)
+        return torch.exp(z - shift.unsqueeze(-1)).mul_((1 / self.sum[rows]).unsqueeze(-1))
+
+    def log_sum(self, rows: slice = slice(None)):
+        return self.sum[rows].log()
+
+    def value(self, rows: slice = slice(None)):
+        return self.max[rows] + self.log_sum(rows)
+
+
+class BelowMax:
+    """sum_j a_j (max - z_j) and sum_j a_j of each row, for weights a >= 0, over tiles and ranks. Relative to the running
+    maximum, so that a common offset of all logits costs no digits."""
+
+    def __init__(self, rows: int, dtype: torch.dtype, device):
+        self.sum = torch.zeros(rows, dtype=dtype, device=device)
+        self.weight = torch.zeros(rows, dtype=dtype, device=device)
+
+    def add(self, below, a, rise, rows: slice) -> None:
+        """``below`` = max - z (r, C); a (r, C), (C,) or None for ones; ``rise`` of the maximum (r,)."""
+        self.sum[rows] += self.weight[rows] * rise
+        if a is None:
+            self.sum[rows] += below.sum(-1)
+            self.weight[rows] += below.shape[-1]
+        else:
+            self.sum[rows] += torch.where(a > 0, a * below, 0).sum(-1)
+            self.weight[rows] += a.sum(-1)
+
+    def reduce(self, rise, group) -> None:
+        self.sum = groups.all_reduce(self.sum + self.weight * rise, "sum", group)
+        self.weight = groups.all_reduce(self.weight, "sum", group)

@@ -1,0 +1,170 @@
+"""What the losses share between their checks and their backends: tokens, autograd, mixed precision."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+
+from ssd_core import checks
+from ssd_core.targets import SparseTarget
+
+REDUCTIONS = ("none", "mean", "sum")
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of losses and statistics."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_floats(input: torch.Tensor, name: str = "input", last: str = "D") -> None:
+    checks.expect_type(input, name, torch.Tensor, "a tensor")
+    floats = input.is_floating_point() and input.ndim > 0
+    checks.expect(floats, name, f"floating point (..., {last})", input)
+
+
+def check_head(input, linear_weight, linear_bias) -> None:
+    """Hidden states (..., D), a weight (V, D) and a bias (V,)."""
+    check_floats(input)
+    checks.expect_type(linear_weight, "linear_weight", torch.Tensor, "a tensor")
+    hidden = input.shape[-1]
+    matrix = linear_weight.ndim == 2 and linear_weight.shape[1] == hidden and linear_weight.shape[0] > 0
+    checks.expect(matrix, "linear_weight", f"(V, {hidden})", linear_weight)
+    check_same_device(input, linear_weight=linear_weight, linear_bias=linear_bias)
+    check_vectors(linear_bias=(linear_bias, linear_weight.shape[:1]))
+
+
+def check_vectors(**vectors) -> None:
+    """Each ``name=(tensor or None, shape)``: floating point and of that shape."""
+    for name, (tensor, shape) in vectors.items():
+        if tensor is not None:
+            checks.expect_type(tensor, name, torch.Tensor, "a tensor")
+            fits = tensor.is_floating_point() and tensor.shape == shape
+            checks.expect(fits, name, f"floating point {tuple(shape)}", tensor)
+
+
+def check_constants(**tensors) -> None:
+    for name, tensor in tensors.items():
+        constant = tensor is None or not tensor.requires_grad
+        checks.expect(constant, name, "a constant (no gradient reaches it)", "a tensor that requires grad")
+
+
+def check_same_device(input, **tensors) -> None:
+    for name, tensor in tensors.items():
+        same = tensor is None or tensor.device == input.device
+        checks.expect(same, name, f"a tensor on {input.device} like input", None if same else tensor.device)
+
+
+def check_labels(target: torch.Tensor, name: str, shape) -> None:
+    checks.expect(target.shape == shape, name, f"{tuple(shape)} like input without D", tuple(target.shape))
+    integers = not (target.is_floating_point() or target.is_complex() or target.dtype == torch.bool)
+    checks.expect(integers, name, "integer labels", target)
+
+
+def check_logit_options(temperature, logit_scale, softcap, z_loss=0.0, label_smoothing=0.0) -> None:
+    checks.finite_positive(temperature, "temperature")
+    checks.finite_positive(logit_scale, "logit_scale")
+    checks.finite_not_negative(z_loss, "z_loss")
+    checks.in_range(label_smoothing, "label_smoothing", 0, 1)
+    if softcap is not None:
+        checks.finite_positive(softcap, "softcap")
+
+
+def product_dtype(input, linear_weight) -> torch.dtype:
+    """What products are taken in: autocast's dtype, to which the backend casts tile by tile, or the tensors' own."""
+    device = input.device.type
+    if torch.is_autocast_enabled(device) and input.dtype != torch.float64 and linear_weight.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    checks.expect(linear_weight.dtype == input.dtype, "linear_weight", f"{input.dtype} like input", linear_weight.dtype)
+    return input.dtype
+
+
+def without_autocast(device: torch.device):
+    enabled = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if enabled else contextlib.nullcontext()
+
+
+def needs(*tensors) -> list[bool]:
+    return [torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors]
+
+
+def group_name(process_group) -> str:
+    return "" if process_group is None else process_group.group_name
+
+
+def shifted(tensor, axis: int = -1):
+    """Tokens 1 to T - 1, then zeros in the last place (which for a mask means ignored)."""
+    if tensor is None:
+        return None
+    checks.expect(tensor.ndim >= -axis, "target", "a time axis to shift along", tuple(tensor.shape))
+    later, last = tensor.narrow(axis, 1, tensor.shape[axis] - 1), tensor.narrow(axis, 0, 1)
+    return torch.cat((later, torch.zeros_like(last)), axis)
+
+
+def spread(values, rows, count: int):
+    """(M,) values of the tokens that count -> (N,), 0 elsewhere; memory of its own."""
+    return values.clone() if rows is None else values.new_zeros(count).index_copy_(0, rows, values)
+
+
+def shaped(values, shape, shift: bool):
+    """(N,) values in the tokens' shape; without the last of each sequence, which predicts nothing, after a shift."""
+    values = values.reshape(shape)
+    return values[..., :-1] if shift else values
+
+
+def sparse_probs(target: SparseTarget, tail: str, wide: torch.dtype) -> torch.Tensor:
+    """The weights, divided by their sum if ``tail`` is "renormalise"."""
+    probs = target.probs.to(wide)
+    if tail == "renormalise":
+        probs = probs / probs.sum(-1, keepdim=True).clamp_min(torch.finfo(wide).tiny)
+    return probs
+
+
+def row_weights(token_weight, shape, shift: bool, wide: torch.dtype, device) -> torch.Tensor:
+    """(N,) factors of the tokens' losses."""
+    if token_weight is None:
+        return torch.ones(shape.numel(), dtype=wide, device=device)
+    token_weight = shifted(token_weight) if shift else token_weight
+    return token_weight.reshape(-1).to(wide)
+
+
+def mean_denominator(num_items_in_batch, weights, wide: torch.dtype) -> torch.Tensor:
+    """What "mean" divides by, 0-d: the number over all micro-batches and ranks if given, else the sum of ``weights``."""
+    if num_items_in_batch is None:
+        return weights.sum()
+    denominator = torch.as_tensor(num_items_in_batch, device=weights.device).to(wide)
+    checks.expect(denominator.ndim == 0, "num_items_in_batch", "a number or 0-d tensor", denominator.shape)
+    return denominator
+
+
+def reciprocal(denominator):
+    """1 / denominator, and 0 for 0: nothing that counts gives loss 0, not NaN."""
+    return torch.where(denominator == 0, 0, 1 / denominator)
+
+
+def split_scale(scale, dtype: torch.dtype):
+    """``(early, late)`` with early * late = scale. float16 gradients of a mean underflow: there the scale's power of
+    two, which rounds nothing, waits for the backward, after loss scaling."""
+    if dtype != torch.float16:
+        return scale, None
+    early, exponent = torch.frexp(scale)
+    return early, torch.ldexp(torch.ones_like(scale), exponent)
+
+
+def scaled_gradients(grads, scale, dtypes):
+    """Saved gradients times the upstream gradient, in the tensors' dtypes. In place only if nobody comes back for them;
+    16-bit ones are rounded once more unless the scale is a power of two: the price of computing them before it is
+    known."""
+    if torch.compiler.is_compiling():
+        kept = True
+    else:
+        kept = torch._C._autograd._get_current_graph_task_keep_graph()
+        if not kept and scale.device.type == "cpu" and scale.item() == 1:
+            return [None if g is None else g.to(dtype) for g, dtype in zip(grads, dtypes, strict=True)]
+    times = torch.Tensor.mul if kept else torch.Tensor.mul_
+    return [None if g is None else times(g, scale).to(dtype) for g, dtype in zip(grads, dtypes, strict=True)]
+
+
+def refuse_create_graph(op: str) -> None:
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(f"{op}: create_graph=True is not supported (no second derivatives)")
