@@ -62,16 +62,31 @@ class Backend:
         return _load(self.location)
 
 
-_CHUNKED = "ssd_core.chunked.linear_cross_entropy"
-_FILTER = ("grad_filter", "grad_filter_weight")
+_CHUNKED = "ssd_core.chunked"
+_REFERENCE = "ssd_core.reference.run"
+
+
+def _portable(op: str, module: str = "", *, reference_lacks: tuple[str, ...] = ()) -> tuple[Backend, Backend]:
+    """The two backends that every op has."""
+    return (Backend(op, "torch", f"{_CHUNKED}.{module or op}:{op}"),
+            Backend(op, "reference", f"{_REFERENCE}:{op}", lacks=reference_lacks, automatic=False))
+
 
 BACKENDS = (
-    Backend("linear_cross_entropy", "cpu", f"{_CHUNKED}:linear_cross_entropy_cpu", devices=("cpu",),
-            dtypes=("float32", "bfloat16"), lacks=(*_FILTER, "process_group", "class probabilities"), needs="ssd_core.native:missing"),
-    Backend("linear_cross_entropy", "torch", f"{_CHUNKED}:linear_cross_entropy"),
-    Backend("linear_cross_entropy", "reference", "ssd_core.reference.run:linear_cross_entropy", lacks=("process_group",),
-            automatic=False),
-    Backend("sample", "torch", "ssd_core.chunked.sample:sample"),
+    Backend("linear_cross_entropy", "cpu", f"{_CHUNKED}.linear_cross_entropy:linear_cross_entropy_cpu", devices=("cpu",),
+            dtypes=("float32", "bfloat16"), needs="ssd_core.native:missing",
+            lacks=("grad_filter", "grad_filter_weight", "process_group", "class probabilities")),
+    *_portable("linear_cross_entropy", reference_lacks=("process_group",)),
+    *_portable("linear_distill", reference_lacks=("process_group",)),
+    *_portable("linear_logprob", reference_lacks=("process_group",)),
+    *_portable("cross_entropy"),
+    *_portable("distill"),
+    *_portable("logprob"),
+    *_portable("softmax"),
+    *_portable("softmax_backward", "softmax"),
+    *_portable("log_softmax", "softmax"),
+    *_portable("log_softmax_backward", "softmax"),
+    Backend("sample", "torch", f"{_CHUNKED}.sample:sample"),
     Backend("sample", "reference", "ssd_core.reference.sample:run", devices=("cpu",), automatic=False),
 )
 

@@ -56,3 +56,9 @@ def labels_in_range(labels: torch.Tensor, vocab: int, argument: str) -> None:
     if bad.any():
         label = labels[bad].flatten()[0].item()
         raise IndexError(f"{argument}: expected labels in [0, {vocab}) or ignore_index, got {label}")
+
+
+def not_negative(weights: torch.Tensor, argument: str) -> None:
+    """On CPU; on an accelerator it would cost a synchronisation."""
+    if weights.device.type == "cpu":
+        expect(not (weights < 0).any(), argument, "weights of at least 0", "a negative one")

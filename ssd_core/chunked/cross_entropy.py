@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from ssd_core.chunked import groups
-from ssd_core.chunked.logits import BelowMax, LogSumExp, inside_tile
+from ssd_core.chunked.logits import BelowMax, LogSumExp, inside_tile, run, wide_dtype
 
 
 class CrossEntropyRows:
@@ -182,3 +182,27 @@ class CrossEntropyRows:
         q_off = self.off.softmax(z, rows).masked_fill(self._on_support(z, inside, place), 0)
         p_tail = self._p_tail(rows).unsqueeze(-1)
         return torch.where(p_tail > 0, c_y * p_tail * q_off, 0)
+
+
+def cross_entropy(
+    logits, ids, probs, dense, rows, *, class_weight, label_weight, row_scale, logit_scale, softcap, **options,
+):
+    """``(loss, nll, lse, d_logits)`` of given logits (N, V): see ``chunked.linear_cross_entropy``."""
+
+    def make_pass(index, part):
+        return cross_entropy_rows(
+            ids, probs, dense, label_weight, index, None if row_scale is None else row_scale[part],
+            class_weight=class_weight, wide=wide_dtype(logits.dtype), vocab=logits.shape[1], **options)
+
+    results, grad = run(logits, make_pass, rows, scaled=row_scale is not None, scale=logit_scale, softcap=softcap)
+    return *results, grad
+
+
+def cross_entropy_rows(ids, probs, dense, label_weight, index, row_scale, *, class_weight, **options):
+    """The row pass of tokens ``index`` of all N."""
+
+    def take(tensor):
+        return None if tensor is None else tensor[index]
+
+    return CrossEntropyRows(
+        ids[index].long(), take(probs), take(dense), class_weight, take(label_weight), row_scale, **options)

@@ -25,3 +25,8 @@ def all_reduce(tensor: torch.Tensor, how: str, group) -> torch.Tensor:
 
         dist.all_reduce(tensor, dist.ReduceOp.SUM if how == "sum" else dist.ReduceOp.MAX, group=group)
     return tensor
+
+
+def total(count: int, device, group) -> int:
+    """The sum of this number over the ranks."""
+    return count if group is None else int(all_reduce(torch.tensor(count, device=device), "sum", group))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ssd_core.chunked import head as heads
-from ssd_core.chunked.cross_entropy import CrossEntropyRows
+from ssd_core.chunked.cross_entropy import cross_entropy_rows
 from ssd_core.chunked.grad_filter import GradFilter, default_order
 from ssd_core.chunked.logits import wide_dtype
 
@@ -27,13 +27,10 @@ def linear_cross_entropy(
     head = heads.Head(input, linear_weight, linear_bias, logit_scale, softcap, dtype)
 
     def make_pass(index, part):
-        def take(tensor):
-            return None if tensor is None else tensor[index]
-
-        return CrossEntropyRows(
-            ids[index].long(), take(probs), take(dense), class_weight, take(label_weight),
-            None if row_scale is None else row_scale[part], wide=wide_dtype(dtype), vocab=vocab,
-            vocab_start=vocab_start, temperature=temperature, **options)
+        return cross_entropy_rows(
+            ids, probs, dense, label_weight, index, None if row_scale is None else row_scale[part],
+            class_weight=class_weight, wide=wide_dtype(dtype), vocab=vocab, vocab_start=vocab_start,
+            temperature=temperature, **options)
 
     filtered = None
     if grad_filter or grad_filter_weight:

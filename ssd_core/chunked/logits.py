@@ -107,3 +107,26 @@ class BelowMax:
     def reduce(self, rise, group) -> None:
         self.sum = groups.all_reduce(self.sum + self.weight * rise, "sum", group)
         self.weight = groups.all_reduce(self.weight, "sum", group)
+
+
+def run(logits, make_pass, rows, *, scaled: bool, scale: float = 1.0, softcap: float = 0.0):
+    """``(results (n, M), d_logits or None)`` of a row pass (see ``chunked.head``) over given logits (N, V), in blocks of
+    rows that stay in cache. ``rows`` (M,) names those that count, or None for all; the others' gradient is 0."""
+    count = len(logits) if rows is None else len(rows)
+    grad = torch.zeros_like(logits, memory_format=torch.contiguous_format) if scaled else None
+    results = [make_pass(slice(0, 0), slice(0, 0)).results] if count == 0 else []
+    everything = slice(0, logits.shape[1])
+    for part in blocks(count, logits.shape[1], logits.device):
+        index = part if rows is None else rows[part]
+        c = capped(logits[index], None, scale, softcap)
+        row_pass = make_pass(index, part)
+        block = slice(0, part.stop - part.start)
+        for step in range(row_pass.passes):
+            row_pass.open(everything, step)
+            e = row_pass.update(c, 0, block, step)
+        row_pass.finish(block)
+        if scaled:
+            d_c = row_pass.gradient(c, 0, block, row_pass.probabilities(c, block, e))
+            grad[index] = uncapped_(d_c, c, scale, softcap).to(grad.dtype)
+        results.append(row_pass.results)
+    return torch.cat(results, -1), grad

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ssd_core import backends, checks
 from ssd_core.chunked import groups
-from ssd_core.ops import tokens
+from ssd_core.ops import autograd, tokens
 from ssd_core.plan import Demand, plan_chunks
 from ssd_core.targets import SparseTarget
 
@@ -62,22 +62,19 @@ def _linear_cross_entropy(
     """``(total, loss, nll, lse, certificate, d_input, d_weight, d_bias)``: total 0-d is ``(row_scale * loss).sum()``,
     its gradients those that ``needs`` asks for (the others are empty), in float32 for float16; loss, nll, lse (N,)."""
     group = groups.find(process_group)
-    mine, vocab = len(linear_weight), len(linear_weight)
-    if group is not None:
-        vocab = int(groups.all_reduce(torch.tensor(mine, device=input.device), "sum", group))
-    lowest, count = (vocab_start, mine) if group is None else (0, vocab)
+    vocab = groups.total(len(linear_weight), input.device, group)
     if dense is None:
         used = valid.unsqueeze(-1) if probs is None else probs > 0
-        checks.labels_in_range(ids[used], lowest + count, "target" if probs is None else "target.ids")
-    if probs is not None and probs.device.type == "cpu":
-        checks.expect(not (probs < 0).any(), "target.probs", "weights of at least 0", "a negative one")
+        checks.labels_in_range(ids[used], vocab, "target" if probs is None else "target.ids")
+    if probs is not None:
+        checks.not_negative(probs, "target.probs")
     rows = None if valid.all() else valid.nonzero().squeeze(-1)         # ignored rows meet no product
     named = {"grad_filter": filters[0], "grad_filter_weight": filters[1], "process_group": process_group,
              "class probabilities": dense is not None}
     function = backends.resolve(
         "linear_cross_entropy", input.device, dtype, backend, [name for name, value in named.items() if value])
     demand = Demand(
-        len(input) if rows is None else len(rows), input.shape[1], mine, ids.shape[1], dtype, input.device,
+        len(input) if rows is None else len(rows), input.shape[1], len(linear_weight), ids.shape[1], dtype, input.device,
         gathered=rows is not None, cast=linear_weight.dtype != dtype, wide_input=bool(process_group or any(filters)),
         filtered=any(filters))
     with tokens.without_autocast(input.device):
@@ -91,8 +88,7 @@ def _linear_cross_entropy(
     total = loss.new_zeros(()) if row_scale is None else (loss * row_scale).sum()
     if certificate is None:
         certificate = loss.new_tensor([0.0, 0.0, 1.0])
-    grads = [loss.new_empty(0) if grad is None else grad for grad in (d_input, d_weight, d_bias)]
-    return total, loss, nll, lse, certificate, *grads
+    return total, loss, nll, lse, certificate, *autograd.present(input, d_input, d_weight, d_bias)
 
 
 @_linear_cross_entropy.register_fake
@@ -100,45 +96,11 @@ def _(input, linear_weight, linear_bias, ids, probs, dense, valid, class_weight,
       needs, dtype, *_):
     wide = tokens.wide_dtype(dtype)
     each = [input.new_empty(len(input), dtype=wide) for _ in range(3)]
-    grads = []
-    for tensor, need in zip((input, linear_weight, linear_bias), needs, strict=True):
-        kept = torch.float32 if tensor is not input and input.dtype == torch.float16 else None
-        grads.append(torch.empty_like(tensor, dtype=kept, memory_format=torch.contiguous_format)
-                     if need and row_scale is not None else input.new_empty(0, dtype=wide))
+    grads = autograd.empty_head_gradients(input, linear_weight, linear_bias, needs, row_scale is not None)
     return input.new_empty((), dtype=wide), *each, input.new_empty(3, dtype=wide), *grads
 
 
-def _save(ctx, inputs, output):
-    """A total comes with its gradients; the losses of single tokens are computed again in the backward, so that any
-    upstream gradient is honoured."""
-    ctx.set_materialize_grads(False)
-    _, loss, *constants = output
-    ctx.reduced = inputs[9] is not None
-    ctx.mark_non_differentiable(*constants, *([loss] if ctx.reduced else []))
-    tensors, ctx.options = inputs[:11], inputs[11:]
-    ctx.dtypes = [None if t is None else t.dtype for t in tensors[:3]]
-    if ctx.reduced:
-        tensors = [grad if need else None for grad, need in zip(output[5:], inputs[11], strict=True)]
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx, grad_total, grad_loss, *_):
-    tokens.refuse_create_graph("linear_cross_entropy")
-    nothing = [None] * (8 + len(ctx.options))
-    if ctx.reduced:
-        grads = [None] * 3 if grad_total is None else tokens.scaled_gradients(
-            ctx.saved_tensors, grad_total, ctx.dtypes)
-        return *grads, *nothing
-    if grad_loss is None:
-        return None, None, None, *nothing
-    tensors = list(ctx.saved_tensors)
-    tensors[9] = grad_loss.contiguous()
-    found = _linear_cross_entropy(*tensors, *ctx.options)[5:]
-    return *(grad.to(dtype) if need else None for grad, dtype, need in zip(
-        found, ctx.dtypes, ctx.options[0], strict=True)), *nothing
-
-
-_linear_cross_entropy.register_autograd(_backward, setup_context=_save)
+autograd.register(_linear_cross_entropy, tensors=11, scale=9, gradients=3)
 
 
 def linear_cross_entropy(
@@ -238,22 +200,17 @@ def linear_cross_entropy(
     tokens.check_same_device(input, target=target, weight=weight, token_weight=token_weight)
     shape, vocab = input.shape[:-1], linear_weight.shape[0]
     tokens.check_vectors(weight=(weight, linear_weight.shape[:1]), token_weight=(token_weight, shape))
+    tokens.check_group(process_group, vocab_start)
     dtype = tokens.product_dtype(input, linear_weight)
     filters = _filters(grad_filter, grad_filter_weight, tail, label_smoothing, vocab_order, vocab)
 
     wide = tokens.wide_dtype(dtype)
-    ids, probs, dense, valid = _targets(target, shape, vocab, ignore_index, tail, weight, wide)
-    if shift:
-        ids, probs, valid = tokens.shifted(ids, -2), tokens.shifted(probs, -2), tokens.shifted(valid)
-        dense = tokens.shifted(dense, -2)
-    ids, valid = ids.reshape(-1, ids.shape[-1]), valid.reshape(-1)
-    probs = None if probs is None else probs.reshape(ids.shape)
-    dense = None if dense is None else dense.reshape(-1, vocab)
+    ids, probs, dense, valid = loss_targets(target, shape, vocab, ignore_index, tail, weight, wide, shift)
     row_weight = tokens.row_weights(token_weight, shape, shift, wide, input.device) * valid
     class_weight = None if weight is None else weight.to(wide)
     label_weight = None
     if weight is not None and dense is None:
-        label_weight = _label_weight(class_weight, ids[:, 0], vocab_start, process_group)
+        label_weight = tokens.label_weights(class_weight, ids[:, 0], vocab_start, process_group)
     denominator = tokens.mean_denominator(
         num_items_in_batch, row_weight if label_weight is None else row_weight * label_weight, wide)
 
@@ -276,6 +233,17 @@ def linear_cross_entropy(
     return loss
 
 
+def loss_targets(target, shape, vocab: int, ignore_index, tail: str, weight, wide, shift: bool):
+    """ids (N, K), probs (N, K) or None, class probabilities (N, V) or None, and which tokens count (N,)."""
+    ids, probs, dense, valid = _targets(target, shape, vocab, ignore_index, tail, weight, wide)
+    if shift:
+        ids, probs, dense = tokens.shifted(ids, -2), tokens.shifted(probs, -2), tokens.shifted(dense, -2)
+        valid = tokens.shifted(valid)
+    ids = ids.reshape(-1, ids.shape[-1])
+    probs = None if probs is None else probs.reshape(ids.shape)
+    return ids, probs, None if dense is None else dense.reshape(-1, vocab), valid.reshape(-1)
+
+
 def _targets(target, shape, vocab, ignore_index, tail, weight, wide):
     """ids (..., K), probs (..., K) or None, class probabilities (..., V) or None, and which tokens count (...)."""
     if isinstance(target, SparseTarget):
@@ -292,14 +260,6 @@ def _targets(target, shape, vocab, ignore_index, tail, weight, wide):
     tokens.check_labels(target, "target", shape)
     valid = target != (-100 if ignore_index is None else ignore_index)
     return target.where(valid, 0).unsqueeze(-1), None, None, valid
-
-
-def _label_weight(class_weight, ids, vocab_start: int, process_group):
-    """(N,) of each label, from the rank that has it."""
-    place = ids - vocab_start
-    mine = (place >= 0) & (place < len(class_weight))
-    found = torch.where(mine, class_weight[place.where(mine, 0)], 0)
-    return groups.all_reduce(found, "sum", process_group)
 
 
 def _filters(grad_filter, grad_filter_weight, tail, label_smoothing, vocab_order, vocab) -> list[float]:

@@ -7,6 +7,7 @@ import contextlib
 import torch
 
 from ssd_core import checks
+from ssd_core.chunked import groups
 from ssd_core.targets import SparseTarget
 
 REDUCTIONS = ("none", "mean", "sum")
@@ -70,6 +71,14 @@ def check_logit_options(temperature, logit_scale, softcap, z_loss=0.0, label_smo
         checks.finite_positive(softcap, "softcap")
 
 
+def check_group(process_group, vocab_start: int) -> None:
+    checks.expect(vocab_start >= 0, "vocab_start", "at least 0", vocab_start)
+    checks.expect(process_group is not None or vocab_start == 0, "vocab_start", "0 without a process group", vocab_start)
+    if process_group is not None:
+        named = hasattr(process_group, "group_name")
+        checks.expect(named, "process_group", "a torch.distributed process group", type(process_group).__name__)
+
+
 def product_dtype(input, linear_weight) -> torch.dtype:
     """What products are taken in: autocast's dtype, to which the backend casts tile by tile, or the tensors' own."""
     device = input.device.type
@@ -112,6 +121,23 @@ def shaped(values, shape, shift: bool):
     return values[..., :-1] if shift else values
 
 
+def labels(target, ignore_index: int | None, shift: bool):
+    """(N,) int64 labels, 0 where they are ignored, and which are not."""
+    valid = target != (-100 if ignore_index is None else ignore_index)
+    ids = target.where(valid, 0).long()
+    if shift:
+        ids, valid = shifted(ids), shifted(valid)
+    return ids.reshape(-1), valid.reshape(-1)
+
+
+def label_weights(class_weight, ids, vocab_start: int, process_group):
+    """(N,) the class weight of each label, from the rank that has it."""
+    place = ids - vocab_start
+    mine = (place >= 0) & (place < len(class_weight))
+    found = torch.where(mine, class_weight[place.where(mine, 0)], 0)
+    return groups.all_reduce(found, "sum", process_group)
+
+
 def sparse_probs(target: SparseTarget, tail: str, wide: torch.dtype) -> torch.Tensor:
     """The weights, divided by their sum if ``tail`` is "renormalise"."""
     probs = target.probs.to(wide)
@@ -151,20 +177,8 @@ def split_scale(scale, dtype: torch.dtype):
     return early, torch.ldexp(torch.ones_like(scale), exponent)
 
 
-def scaled_gradients(grads, scale, dtypes):
-    """Saved gradients times the upstream gradient, in the tensors' dtypes. In place only if nobody comes back for them;
-    16-bit ones are rounded once more unless the scale is a power of two: the price of computing them before it is
-    known."""
-    if torch.compiler.is_compiling():
-        kept = True
-    else:
-        kept = torch._C._autograd._get_current_graph_task_keep_graph()
-        if not kept and scale.device.type == "cpu" and scale.item() == 1:
-            return [None if g is None else g.to(dtype) for g, dtype in zip(grads, dtypes, strict=True)]
-    times = torch.Tensor.mul if kept else torch.Tensor.mul_
-    return [None if g is None else times(g, scale).to(dtype) for g, dtype in zip(grads, dtypes, strict=True)]
-
-
-def refuse_create_graph(op: str) -> None:
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError(f"{op}: create_graph=True is not supported (no second derivatives)")
+def reduced(loss, reduction: str, denominator, shape, shift: bool):
+    """(N,) losses, with their token weights, as ``reduction`` says."""
+    if reduction == "none":
+        return shaped(loss, shape, shift)
+    return loss.sum() if reduction == "sum" else loss.sum() * reciprocal(denominator)

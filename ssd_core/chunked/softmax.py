@@ -1,0 +1,43 @@
+"""Softmax and log-softmax of rows at a temperature, and their gradients, in blocks of rows that stay in cache."""
+
+from __future__ import annotations
+
+import torch
+
+from ssd_core.chunked.logits import blocks, wide_dtype
+
+
+def softmax(logits, *, temperature: float, log: bool = False):
+    """Of ``logits / temperature`` (N, V) along the last axis, rounded once to their dtype."""
+    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    function = torch.log_softmax if log else torch.softmax
+    for block in blocks(*logits.shape, logits.device):
+        out[block] = function(_tempered(logits[block], temperature), -1)
+    return out
+
+
+def softmax_backward(grad, out, *, temperature: float, log: bool = False):
+    """d logits (N, V) from ``grad`` with respect to ``out``: p (g - sum(g p)) / temperature, or of the logarithm
+    (g - p sum(g)) / temperature."""
+    d_logits = torch.empty_like(out)
+    for block in blocks(*out.shape, out.device):
+        g, p = grad[block].to(wide_dtype(out.dtype)), out[block].to(wide_dtype(out.dtype))
+        if log:
+            d = g - p.exp() * g.sum(-1, keepdim=True)
+        else:
+            d = p * (g - (g * p).sum(-1, keepdim=True))
+        d_logits[block] = d.div_(temperature)
+    return d_logits
+
+
+def log_softmax(logits, *, temperature: float):
+    return softmax(logits, temperature=temperature, log=True)
+
+
+def log_softmax_backward(grad, out, *, temperature: float):
+    return softmax_backward(grad, out, temperature=temperature, log=True)
+
+
+def _tempered(logits, temperature):
+    z = logits.to(wide_dtype(logits.dtype))
+    return z if temperature == 1 else z / temperature
