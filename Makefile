@@ -8,7 +8,7 @@ RUN := "$(or $(PYTHON),$(VENV)/bin/python)" -P -m
 DEMO := demo
 export TORCH_INDEX_URL
 
-.PHONY: demo test test-all test-floor lint build fresh clean setup
+.PHONY: demo test test-all test-floor lint build fresh bench-peers clean setup
 
 demo: setup
 	$(RUN) ssd_core.data.smollm2 $(DEMO)/SmolLM2-135M-Instruct
@@ -38,6 +38,10 @@ setup:
 build:
 	rm -rf build/temp.* build/stamps/*.stamp
 	@sh .ci/setup "$(PYTHON)" $(VENV)
+
+# whom `bench` compares with: into the environment, or into build/peers where versions conflict
+bench-peers: setup
+	@sh .ci/peers "$(PYTHON)" $(VENV)
 
 # the committed tree in an empty folder, as a stranger meets it; the folder stays if something fails
 fresh:

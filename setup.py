@@ -101,6 +101,9 @@ def write_record(folder):
 
 
 class BuildPy(build_py):
+    def find_package_modules(self, package, package_dir):  # bench/test_*.py stay in the repository
+        return [found for found in super().find_package_modules(package, package_dir) if found[1][:5] != "test_"]
+
     def run(self):
         if not self.editable_mode:  # what lies there is packed, also a module that was removed since the last build
             shutil.rmtree(Path(self.build_lib, "ssd_core"), ignore_errors=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -13,9 +14,11 @@ class UsageError(ValueError):
     """What was asked for cannot be done as asked: a wrong path, option, file, value. The command line then exits 2."""
 
 
-def expect(condition: bool, argument: str, expected: str, given: object) -> None:
-    """Raise ``ValueError("argument: expected ..., got ...")`` unless the condition holds. A tensor is described."""
+def expect(condition: bool, argument: str, expected: str | Callable[[], str], given: object) -> None:
+    """Raise ``ValueError("argument: expected ..., got ...")`` unless the condition holds. A tensor is described.
+    ``expected`` is a function where it prints numbers of tokens: torch.compile makes constants of printed sizes."""
     if not condition:
+        expected = expected() if callable(expected) else expected
         given = describe(given) if hasattr(given, "dtype") else given
         raise ValueError(f"{argument}: expected {expected}, got {given}")
 
@@ -31,11 +34,11 @@ def describe(tensor: torch.Tensor) -> str:
 
 
 def finite_positive(value: float, argument: str) -> None:
-    expect(math.isfinite(value) and value > 0, argument, "a finite number above 0", value)
+    expect(0 < value < math.inf, argument, "a finite number above 0", value)
 
 
 def finite_not_negative(value: float, argument: str) -> None:
-    expect(math.isfinite(value) and value >= 0, argument, "a finite number, at least 0", value)
+    expect(0 <= value < math.inf, argument, "a finite number, at least 0", value)
 
 
 def in_range(value: float, argument: str, low: float, high: float) -> None:

@@ -87,11 +87,13 @@ def plan_chunks(demand: Demand, workspace_bytes: int | None) -> ChunkPlan:
     whole = min(tokens, (free - demand.row_pass(vocab)) // demand.row(vocab))
     if tokens <= max(whole, 0) or (demand.filtered and whole >= 1):
         return ChunkPlan(max(whole, 1), columns, vocab)
-    expect(not demand.filtered, "workspace_bytes", f"at least {workspace_bytes - free + demand.row_pass(vocab) + demand.row(vocab)} "
-           f"for the gradient filter, which looks at whole rows of {vocab} logits", workspace_bytes)
+    taken = workspace_bytes - free
+    least = taken + demand.row_pass(vocab) + demand.row(vocab)
+    filtered = f"at least {least} for the gradient filter, which looks at whole rows of {vocab} logits"
+    expect(not demand.filtered, "workspace_bytes", filtered, workspace_bytes)
 
     rows, tile = _square(demand, free)
-    least = workspace_bytes - free + demand.row_pass(1) + demand.row(1)
+    least = taken + demand.row_pass(1) + demand.row(1)
     expect(rows >= 1, "workspace_bytes", f"at least {least} for one logit", workspace_bytes)
     if whole >= 1 and _cost(demand, whole, 0) <= _cost(demand, rows, demand.passes):
         return ChunkPlan(whole, columns, vocab)

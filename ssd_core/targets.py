@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from ssd_core.checks import describe, expect, expect_type, finite_positive
+from ssd_core.checks import expect, expect_type, finite_positive
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -25,9 +25,9 @@ class SparseTarget:
         expect_type(self.ids, "ids", torch.Tensor, "a tensor")
         expect_type(self.probs, "probs", torch.Tensor, "a tensor")
         integers = (torch.int32, torch.int64)
-        expect(self.ids.dtype in integers and self.ids.ndim > 0, "ids", "int32 or int64 (..., K)", describe(self.ids))
+        expect(self.ids.dtype in integers and self.ids.ndim > 0, "ids", "int32 or int64 (..., K)", self.ids)
         floats = self.probs.is_floating_point() and self.probs.shape == self.ids.shape
-        expect(floats, "probs", f"floating point {tuple(self.ids.shape)}", describe(self.probs))
+        expect(floats, "probs", lambda: f"floating point {tuple(self.ids.shape)}", self.probs)
         expect(not self.probs.requires_grad, "probs", "a constant target", "a tensor that requires grad")
 
     @property

@@ -98,7 +98,7 @@ class CrossEntropyRows:
             nll = torch.where(self.used[rows], w * (m.unsqueeze(-1) - z_k), 0).sum(-1) + mass * log_sum
             if self.bucket:
                 p_tail = self._p_tail(rows)
-                nll = nll + torch.where(p_tail > 0, p_tail * (lse - self.off.value(rows)), 0)
+                nll = nll + torch.where(p_tail > 0, p_tail * -self.off.less(self.lse, rows), 0)
                 mass = mass + p_tail
             c_y = self._label_factor(rows)
             loss, on_q = c_y * nll, c_y * mass

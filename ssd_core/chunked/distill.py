@@ -160,7 +160,7 @@ class SparseDistillRows(_DistillRows):
             log_q = log_q.masked_fill(~used, -torch.inf)
             empty = self.off_count[rows].unsqueeze(-1) == 0
             p_tail = (1 - mass).clamp_min(0).masked_fill(empty | (self.tail == "renormalise"), 0)
-            log_q_tail = (self.off.value(rows) - self.lse.value(rows)).unsqueeze(-1).masked_fill(empty, -torch.inf)
+            log_q_tail = self.off.less(self.lse, rows).unsqueeze(-1).masked_fill(empty, -torch.inf)
         log_p = torch.cat((p, p_tail), -1).log()
         log_q = torch.cat((log_q, log_q_tail), -1)
         ignored = mass.squeeze(-1) == 0
@@ -318,5 +318,7 @@ def distill(logits, ids, probs, teacher_logits, labels, rows, *, row_scale, logi
             None if row_scale is None else row_scale[part], wide=wide_dtype(logits.dtype), device=logits.device,
             vocab=logits.shape[1], **options)
 
-    results, grad = run(logits, make_pass, rows, scaled=row_scale is not None, scale=logit_scale, softcap=softcap)
+    extent = 0 if teacher_logits is None else teacher_logits.shape[1]
+    results, grad = run(
+        logits, make_pass, rows, scaled=row_scale is not None, scale=logit_scale, softcap=softcap, extent=extent)
     return *results, grad

@@ -29,4 +29,13 @@ def all_reduce(tensor: torch.Tensor, how: str, group) -> torch.Tensor:
 
 def total(count: int, device, group) -> int:
     """The sum of this number over the ranks."""
-    return count if group is None else int(all_reduce(torch.tensor(count, device=device), "sum", group))
+    return _reduced(count, "sum", device, group)
+
+
+def largest(count: int, device, group) -> int:
+    """The largest of this number on the ranks: whoever plans by it plans the same chunks on all of them."""
+    return _reduced(count, "max", device, group)
+
+
+def _reduced(count, how, device, group):
+    return count if group is None else int(all_reduce(torch.tensor(count, device=device), how, group))

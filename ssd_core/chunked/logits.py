@@ -85,6 +85,10 @@ class LogSumExp:
     def value(self, rows: slice = slice(None)):
         return self.max[rows] + self.log_sum(rows)
 
+    def less(self, other: LogSumExp, rows: slice = slice(None)):
+        """value - other.value, of which a common offset of all logits costs no digits."""
+        return (self.max[rows] - other.max[rows]) + (self.log_sum(rows) - other.log_sum(rows))
+
 
 class BelowMax:
     """sum_j a_j (max - z_j) and sum_j a_j of each row, for weights a >= 0, over tiles and ranks. Relative to the running
@@ -101,7 +105,7 @@ class BelowMax:
             self.sum[rows] += below.sum(-1)
             self.weight[rows] += below.shape[-1]
         else:
-            self.sum[rows] += torch.where(a > 0, a * below, 0).sum(-1)
+            self.sum[rows] += torch.where(a != 0, a * below, 0).sum(-1)
             self.weight[rows] += a.sum(-1)
 
     def reduce(self, rise, group) -> None:
@@ -109,13 +113,14 @@ class BelowMax:
         self.weight = groups.all_reduce(self.weight, "sum", group)
 
 
-def run(logits, make_pass, rows, *, scaled: bool, scale: float = 1.0, softcap: float = 0.0):
+def run(logits, make_pass, rows, *, scaled: bool, scale: float = 1.0, softcap: float = 0.0, extent: int = 0):
     """``(results (n, M), d_logits or None)`` of a row pass (see ``chunked.head``) over given logits (N, V), in blocks of
-    rows that stay in cache. ``rows`` (M,) names those that count, or None for all; the others' gradient is 0."""
+    rows that stay in cache. ``rows`` (M,) names those that count, or None for all; the others' gradient is 0.
+    ``extent`` counts the columns that the pass looks at, if there are more than V."""
     count = len(logits) if rows is None else len(rows)
     grad = torch.zeros_like(logits, memory_format=torch.contiguous_format) if scaled else None
     results = [make_pass(slice(0, 0), slice(0, 0)).results] if count == 0 else []
-    everything = slice(0, logits.shape[1])
+    everything = slice(0, max(logits.shape[1], extent))
     for part in blocks(count, logits.shape[1], logits.device):
         index = part if rows is None else rows[part]
         c = capped(logits[index], None, scale, softcap)

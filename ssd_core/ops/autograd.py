@@ -51,7 +51,8 @@ def _scaled(grads, scale, dtypes):
     """Saved gradients times the upstream one, in their tensors' dtypes. In place only if nobody comes back for them;
     16-bit ones are rounded once more unless the scale is a power of two: the price of computing them before it is
     known."""
-    kept = torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()
+    traced = torch.compiler.is_compiling() or type(scale) is not torch.Tensor      # no values to look at
+    kept = traced or torch._C._autograd._get_current_graph_task_keep_graph()
     if not kept and scale.device.type == "cpu" and scale.item() == 1:
         return [None if grad is None else grad.to(dtype) for grad, dtype in zip(grads, dtypes, strict=True)]
     times = torch.Tensor.mul if kept else torch.Tensor.mul_

@@ -45,7 +45,7 @@ def _cross_entropy(
 @_cross_entropy.register_fake
 def _(logits, ids, probs, dense, valid, class_weight, label_weight, row_scale, *_):
     wide = tokens.wide_dtype(logits.dtype)
-    each = [logits.new_empty(len(logits), dtype=wide) for _ in range(3)]
+    each = [logits.new_empty(logits.shape[0], dtype=wide) for _ in range(3)]
     return logits.new_empty((), dtype=wide), *each, autograd.empty_gradient(logits, row_scale is not None)
 
 

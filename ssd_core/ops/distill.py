@@ -51,7 +51,7 @@ def _distill(
 @_distill.register_fake
 def _(logits, ids, probs, teacher_logits, labels, valid, class_weight, label_weight, row_scale, *_):
     wide = tokens.wide_dtype(logits.dtype)
-    each = [logits.new_empty(len(logits), dtype=wide) for _ in range(4)]
+    each = [logits.new_empty(logits.shape[0], dtype=wide) for _ in range(4)]
     return logits.new_empty((), dtype=wide), *each, autograd.empty_gradient(logits, row_scale is not None)
 
 
@@ -108,7 +108,7 @@ def distill(
     row_weight = tokens.row_weights(token_weight, shape, shift, wide, logits.device) * valid
 
     flat = logits.reshape(-1, logits.shape[-1])
-    dense = teacher.logits.flatten(0, -2) if isinstance(teacher, TeacherLogits) else None
+    dense = teacher.logits.reshape(-1, teacher.logits.shape[-1]) if isinstance(teacher, TeacherLogits) else None
     numbers = [float(logit_scale), float(softcap or 0), float(temperature), float(beta), float(ce_weight),
                float(label_smoothing), float(z_loss)]
     with_ce = labels is not None or z_loss > 0 or return_stats

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 from ssd_core import backends, checks
 from ssd_core.chunked import groups
 from ssd_core.ops import autograd, tokens
+from ssd_core.ops.k_dimensional import k_dimensional
 from ssd_core.plan import Demand, plan_chunks
 from ssd_core.targets import SparseTarget
 
@@ -74,7 +74,8 @@ def _linear_cross_entropy(
     function = backends.resolve(
         "linear_cross_entropy", input.device, dtype, backend, [name for name, value in named.items() if value])
     demand = Demand(
-        len(input) if rows is None else len(rows), input.shape[1], len(linear_weight), ids.shape[1], dtype, input.device,
+        len(input) if rows is None else len(rows), input.shape[1],
+        groups.largest(len(linear_weight), input.device, group), ids.shape[1], dtype, input.device,
         gathered=rows is not None, cast=linear_weight.dtype != dtype, wide_input=bool(process_group or any(filters)),
         filtered=any(filters))
     with tokens.without_autocast(input.device):
@@ -95,7 +96,7 @@ def _linear_cross_entropy(
 def _(input, linear_weight, linear_bias, ids, probs, dense, valid, class_weight, label_weight, row_scale, vocab_order,
       needs, dtype, *_):
     wide = tokens.wide_dtype(dtype)
-    each = [input.new_empty(len(input), dtype=wide) for _ in range(3)]
+    each = [input.new_empty(input.shape[0], dtype=wide) for _ in range(3)]
     grads = autograd.empty_head_gradients(input, linear_weight, linear_bias, needs, row_scale is not None)
     return input.new_empty((), dtype=wide), *each, input.new_empty(3, dtype=wide), *grads
 
@@ -185,12 +186,17 @@ def linear_cross_entropy(
         ValueError, TypeError: an argument does not fit. IndexError: a label outside [0, V), on CPU; elsewhere the
         loss is NaN. RuntimeError: ``create_graph=True``, which is not supported.
     """
+    if options is not None:
+        kind = getattr(torch.nn, "LinearCrossEntropyOptions", ())
+        checks.expect_type(options, "options", kind, "None or torch.nn.LinearCrossEntropyOptions")
     if isinstance(linear_weight, Tensor) and linear_weight.ndim > 2:
-        from ssd_core.ops.k_dimensional import k_dimensional
-
-        given = locals()
-        names = [name for name in linear_cross_entropy.__kwdefaults__ if name != "options"]
-        return k_dimensional(input, linear_weight, target, **{name: given[name] for name in names})
+        return k_dimensional(
+            linear_cross_entropy, input, linear_weight, target, linear_bias=linear_bias, weight=weight,
+            reduction=reduction, ignore_index=ignore_index, label_smoothing=label_smoothing, temperature=temperature,
+            logit_scale=logit_scale, softcap=softcap, z_loss=z_loss, tail=tail, token_weight=token_weight,
+            num_items_in_batch=num_items_in_batch, shift=shift, grad_filter=grad_filter,
+            grad_filter_weight=grad_filter_weight, vocab_order=vocab_order, workspace_bytes=workspace_bytes,
+            process_group=process_group, vocab_start=vocab_start, backend=backend, return_stats=return_stats)
     checks.one_of(reduction, "reduction", tokens.REDUCTIONS)
     checks.one_of(tail, "tail", ("none", "renormalise", "bucket"))
     tokens.check_head(input, linear_weight, linear_bias)
@@ -202,10 +208,9 @@ def linear_cross_entropy(
     tokens.check_vectors(weight=(weight, linear_weight.shape[:1]), token_weight=(token_weight, shape))
     tokens.check_group(process_group, vocab_start)
     dtype = tokens.product_dtype(input, linear_weight)
-    filters = _filters(grad_filter, grad_filter_weight, tail, label_smoothing, vocab_order, vocab)
-
     wide = tokens.wide_dtype(dtype)
     ids, probs, dense, valid = loss_targets(target, shape, vocab, ignore_index, tail, weight, wide, shift)
+    filters = _filters(grad_filter, grad_filter_weight, tail, label_smoothing, dense, vocab_order, vocab)
     row_weight = tokens.row_weights(token_weight, shape, shift, wide, input.device) * valid
     class_weight = None if weight is None else weight.to(wide)
     label_weight = None
@@ -247,7 +252,7 @@ def loss_targets(target, shape, vocab: int, ignore_index, tail: str, weight, wid
 def _targets(target, shape, vocab, ignore_index, tail, weight, wide):
     """ids (..., K), probs (..., K) or None, class probabilities (..., V) or None, and which tokens count (...)."""
     if isinstance(target, SparseTarget):
-        checks.expect(target.shape == shape, "target", f"{tuple(shape)} like input without D", tuple(target.shape))
+        tokens.check_shape(target, "target", shape)
         checks.expect(weight is None, "weight", "None with a SparseTarget", "class weights")
         return target.ids, tokens.sparse_probs(target, tail, wide), None, (target.probs > 0).any(-1)
     checks.expect(tail == "none", "tail", "'none' with hard labels and class probabilities", repr(tail))
@@ -262,14 +267,15 @@ def _targets(target, shape, vocab, ignore_index, tail, weight, wide):
     return target.where(valid, 0).unsqueeze(-1), None, None, valid
 
 
-def _filters(grad_filter, grad_filter_weight, tail, label_smoothing, vocab_order, vocab) -> list[float]:
+def _filters(grad_filter, grad_filter_weight, tail, label_smoothing, dense, vocab_order, vocab) -> list[float]:
     """The bounds for input's and for weight's gradient. What the certificate cannot cover is refused."""
     filters = [float(grad_filter), float(grad_filter if grad_filter_weight is None else grad_filter_weight)]
     for name, bound in zip(("grad_filter", "grad_filter_weight"), filters, strict=True):
-        checks.expect(math.isfinite(bound) and 0 <= bound < 1, name, "a number in [0, 1)", bound)
+        checks.expect(0 <= bound < 1, name, "a number in [0, 1)", bound)
         if bound:
             checks.expect(tail != "bucket", name, "0 with tail='bucket' (its gradient is not bounded by softmax mass)", bound)
             checks.expect(label_smoothing == 0, name, "0 with label_smoothing (its gradient is dense)", bound)
+            checks.expect(dense is None, name, "0 with class probabilities (their gradient is dense)", bound)
     if vocab_order is not None:
         fits = vocab_order.dtype == torch.int64 and vocab_order.shape == (vocab,)
         checks.expect(fits, "vocab_order", f"int64 ({vocab},), a permutation", vocab_order)

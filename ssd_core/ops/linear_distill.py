@@ -82,10 +82,11 @@ def _linear_distill(
     wide = next((len(t) if t is teacher_weight else t.shape[1] for t in (teacher_logits, teacher_weight)
                  if t is not None), 0)
     demand = Demand(
-        len(input) if rows is None else len(rows), input.shape[1], max(len(linear_weight), wide),
-        0 if ids is None else 2 * ids.shape[1], dtype, input.device, gathered=rows is not None,
-        cast=linear_weight.dtype != dtype, logits=1 if teacher_input is None else 2, buffers=10,
-        passes=1 if ids is not None else 2, wide_input=bool(process_group))
+        len(input) if rows is None else len(rows), input.shape[1],
+        groups.largest(max(len(linear_weight), wide), input.device, group), 0 if ids is None else 2 * ids.shape[1],
+        dtype, input.device, gathered=rows is not None, cast=linear_weight.dtype != dtype,
+        logits=1 if teacher_input is None else 2, buffers=10, passes=1 if ids is not None else 2,
+        wide_input=bool(process_group))
     with tokens.without_autocast(input.device):
         *results, d_input, d_weight, d_bias = function(
             input, linear_weight, linear_bias, ids, probs, teacher_logits, teacher_input, teacher_weight, teacher_bias,
@@ -103,7 +104,7 @@ def _linear_distill(
 def _(input, linear_weight, linear_bias, ids, probs, teacher_logits, teacher_input, teacher_weight, teacher_bias, labels,
       valid, class_weight, label_weight, row_scale, needs, dtype, *_):
     wide = tokens.wide_dtype(dtype)
-    each = [input.new_empty(len(input), dtype=wide) for _ in range(4)]
+    each = [input.new_empty(input.shape[0], dtype=wide) for _ in range(4)]
     grads = autograd.empty_head_gradients(input, linear_weight, linear_bias, needs, row_scale is not None)
     return input.new_empty((), dtype=wide), *each, *grads
 
@@ -203,7 +204,7 @@ def linear_distill(
 
     head = (input.reshape(-1, input.shape[-1]), linear_weight, linear_bias)
     hidden = teacher if isinstance(teacher, TeacherHidden) else None
-    dense = (teacher.logits.flatten(0, -2) if isinstance(teacher, TeacherLogits) else None, *(
+    dense = (teacher.logits.reshape(-1, teacher.logits.shape[-1]) if isinstance(teacher, TeacherLogits) else None, *(
         (None, None, None) if hidden is None else (
             hidden.input.detach().reshape(-1, hidden.input.shape[-1]), hidden.linear_weight.detach(),
             None if hidden.linear_bias is None else hidden.linear_bias.detach())))
@@ -238,7 +239,7 @@ def check_distill(teacher, target, shape, device, divergence, beta, tail, ce_wei
     infinite = tail == "renormalise" and (divergence == "reverse_kl" or (divergence == "jsd" and beta == 1))
     checks.expect(not (infinite and isinstance(teacher, SparseTarget)), "tail",
                   "'bucket' or 'support' with the reverse KL (to a teacher without a tail it is infinite)", repr(tail))
-    checks.expect(teacher.shape == shape, "teacher", f"{tuple(shape)} like the tokens", tuple(teacher.shape))
+    checks.expect(teacher.shape == shape, "teacher", lambda: f"{tuple(shape)} like the tokens", tuple(teacher.shape))
     checks.expect(teacher.device == device, "teacher", f"tensors on {device} like input", teacher.device)
     checks.expect(ce_weight == 0 or target is not None, "target", "labels for the cross-entropy (ce_weight > 0)", target)
     if target is not None:

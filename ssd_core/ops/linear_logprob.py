@@ -48,8 +48,9 @@ def _linear_logprob(
     function = backends.resolve(
         "linear_logprob", input.device, dtype, backend, ["process_group"] if process_group else [])
     demand = Demand(
-        len(input) if rows is None else len(rows), input.shape[1], len(linear_weight), 1, dtype, input.device,
-        gathered=rows is not None, cast=linear_weight.dtype != dtype, wide_input=bool(process_group))
+        len(input) if rows is None else len(rows), input.shape[1],
+        groups.largest(len(linear_weight), input.device, group), 1, dtype, input.device, gathered=rows is not None, cast=linear_weight.dtype != dtype,
+        wide_input=bool(process_group))
     with tokens.without_autocast(input.device):
         *results, d_input, d_weight, d_bias = function(
             input, linear_weight, linear_bias, ids, rows,
@@ -64,7 +65,7 @@ def _linear_logprob(
 @_linear_logprob.register_fake
 def _(input, linear_weight, linear_bias, ids, valid, row_scale, needs, dtype, *_):
     wide = tokens.wide_dtype(dtype)
-    each = [input.new_empty(len(input), dtype=kind) for kind in (wide, wide, wide, torch.int64)]
+    each = [input.new_empty(input.shape[0], dtype=kind) for kind in (wide, wide, wide, torch.int64)]
     grads = autograd.empty_head_gradients(input, linear_weight, linear_bias, needs, row_scale is not None, wide=False)
     return input.new_empty((), dtype=wide), *each, *grads
 

@@ -36,7 +36,7 @@ def _logprob(
 @_logprob.register_fake
 def _(logits, ids, valid, row_scale, *_):
     wide = tokens.wide_dtype(logits.dtype)
-    each = [logits.new_empty(len(logits), dtype=kind) for kind in (wide, wide, wide, torch.int64)]
+    each = [logits.new_empty(logits.shape[0], dtype=kind) for kind in (wide, wide, wide, torch.int64)]
     return logits.new_empty((), dtype=wide), *each, autograd.empty_gradient(logits, row_scale is not None)
 
 

@@ -41,7 +41,7 @@ def check_vectors(**vectors) -> None:
         if tensor is not None:
             checks.expect_type(tensor, name, torch.Tensor, "a tensor")
             fits = tensor.is_floating_point() and tensor.shape == shape
-            checks.expect(fits, name, f"floating point {tuple(shape)}", tensor)
+            checks.expect(fits, name, lambda shape=shape: f"floating point {tuple(shape)}", tensor)
 
 
 def check_constants(**tensors) -> None:
@@ -56,8 +56,12 @@ def check_same_device(input, **tensors) -> None:
         checks.expect(same, name, f"a tensor on {input.device} like input", None if same else tensor.device)
 
 
+def check_shape(target, name: str, shape) -> None:
+    checks.expect(target.shape == shape, name, lambda: f"{tuple(shape)} like input without D", tuple(target.shape))
+
+
 def check_labels(target: torch.Tensor, name: str, shape) -> None:
-    checks.expect(target.shape == shape, name, f"{tuple(shape)} like input without D", tuple(target.shape))
+    check_shape(target, name, shape)
     integers = not (target.is_floating_point() or target.is_complex() or target.dtype == torch.bool)
     checks.expect(integers, name, "integer labels", target)
 
@@ -73,8 +77,9 @@ def check_logit_options(temperature, logit_scale, softcap, z_loss=0.0, label_smo
 
 def check_group(process_group, vocab_start: int) -> None:
     checks.expect(vocab_start >= 0, "vocab_start", "at least 0", vocab_start)
-    checks.expect(process_group is not None or vocab_start == 0, "vocab_start", "0 without a process group", vocab_start)
-    if process_group is not None:
+    if process_group is None:
+        checks.expect(vocab_start == 0, "vocab_start", "0 without a process group", vocab_start)
+    else:
         named = hasattr(process_group, "group_name")
         checks.expect(named, "process_group", "a torch.distributed process group", type(process_group).__name__)
 
@@ -155,7 +160,7 @@ def row_weights(token_weight, shape, shift: bool, wide: torch.dtype, device) -> 
 
 
 def mean_denominator(num_items_in_batch, weights, wide: torch.dtype) -> torch.Tensor:
-    """What "mean" divides by, 0-d: the number over all micro-batches and ranks if given, else the sum of ``weights``."""
+    """What "mean" divides by, 0-d: the number over all micro-batches and ranks if given, else the weights' sum."""
     if num_items_in_batch is None:
         return weights.sum()
     denominator = torch.as_tensor(num_items_in_batch, device=weights.device).to(wide)

@@ -151,7 +151,8 @@ def _filtered(leaves, rows, row_scale, grads, targets, options, bounds, vocab_or
             continue
         kept, skipped, active = filters.grad_filter(
             grad, z.softmax(-1), protected, delta=bound, tile=TILE, order=order)
-        found.append(torch.stack((skipped.max(), skipped.mean(), active.to(z.dtype).mean())))
+        most, mean = (skipped.max(), skipped.mean()) if len(skipped) else (skipped.sum(), skipped.sum())
+        found.append(torch.stack((most, mean, active.to(z.dtype).sum() / max(1, active.numel()))))
         if place == 0 and grads[0] is not None:
             d_rows = kept @ weight.to(kept.dtype)
             grads[0] = d_rows if rows is None else torch.zeros_like(leaves[0], dtype=kept.dtype).index_copy_(

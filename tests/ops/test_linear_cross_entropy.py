@@ -1,138 +1,34 @@
-"""Every backend of the op against the float64 definition. A backend joins by one line in BACKENDS."""
+"""Every backend of the op against the float64 definition. A backend joins by its record in ssd_core.backends."""
 
 import threading
 
 import pytest
+import suite
 import torch
 import torch.nn.functional as F
-from tolerances import FACTOR, LOSS, ROUNDING, error, row_errors
+from suite import OPS, flops, hard, problem, soft, sparse
+from tolerances import error
 
 from ssd_core import LinearCrossEntropyLoss, SparseTarget, linear_cross_entropy, native
 from ssd_core.checks import UsageError
-from ssd_core.reference.cross_entropy import cross_entropy as of_logits
-from ssd_core.reference.linear_cross_entropy import linear_cross_entropy as definition
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
-BACKENDS = ["torch", "cpu"]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-SERVES = {"cpu": (torch.float32, torch.bfloat16)}
+OP = OPS["linear_cross_entropy-hard"]
+each_backend, each_case = suite.each_backend(OP.name), suite.each_case(OP.name)
+
+
+def expected(x, w, b, target, **options):
+    return suite.expected(OP.define, (x, w, b), target, **options)
+
+
+def check(backend, dtype, draw, **options):
+    suite.check_op(OP, backend, dtype, draw, **options)
 
 
 def test_the_extension_is_built():
     """Where there is a compiler, a missing backend "cpu" must not pass as tests that did not run."""
     assert native.missing() is None
-
-
-def cases():
-    for backend in BACKENDS:
-        for dtype in SERVES.get(backend, DTYPES):
-            yield pytest.param(backend, dtype, id=f"{backend}-{str(dtype)[6:]}")
-
-
-each_backend = pytest.mark.parametrize("backend", BACKENDS)
-each_case = pytest.mark.parametrize(("backend", "dtype"), list(cases()))
-
-
-def problem(n=131, d=32, v=601, dtype=torch.float32, seed=0, bias=True, ignored=0.2):
-    """Hidden states, weight, bias and hard labels; some labels are ignored."""
-    g = torch.Generator().manual_seed(seed)
-    x = torch.randn(n, d, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
-    w = (2 * torch.randn(v, d, generator=g, dtype=torch.float64) / d**0.5).to(dtype).requires_grad_()
-    b = torch.randn(v, generator=g, dtype=torch.float64).to(dtype).requires_grad_() if bias else None
-    y = torch.randint(v, (n,), generator=g)
-    y[torch.rand(n, generator=g) < ignored] = -100
-    return x, w, b, y
-
-
-def soft(n, v, k=5, total=1.0, seed=1, dtype=torch.float32):
-    g = torch.Generator().manual_seed(seed)
-    k = min(k, v)
-    ids = torch.stack([torch.randperm(v, generator=g)[:k] for _ in range(n)]).int()
-    probs = torch.rand(n, k, generator=g) + 0.05
-    probs = total * probs / probs.sum(-1, keepdim=True)
-    probs[::7] = 0                                          # ignored tokens
-    return SparseTarget(ids, probs.to(dtype))
-
-
-def hard(**options):
-    """A problem of hard labels for each seed."""
-    return lambda seed: problem(seed=seed, **options)
-
-
-def sparse(total=1.0, **options):
-    """The same with sparse targets."""
-
-    def draw(seed):
-        x, w, b, y = problem(seed=seed, **options)
-        return x, w, b, soft(len(y), w.shape[0], total=total, seed=seed + 100)
-
-    return draw
-
-
-def expected(x, w, b, target, *, upstream=1.0, reduction="mean", weight=None, token_weight=None, wide=torch.float64,
-             tail="none", **options):
-    """Loss and gradients by the definition: in float64, or (``wide=None``) unfused in the given dtype."""
-    leaves = [None if t is None else t.detach().to(wide or t.dtype).requires_grad_() for t in (x, w, b)]
-    if isinstance(target, SparseTarget):
-        ids, probs, valid = target.ids.long(), target.probs.to(wide or torch.float32), (target.probs > 0).any(-1)
-        if tail == "renormalise":
-            probs = probs / probs.sum(-1, keepdim=True).clamp_min(1e-30)
-        counted = torch.ones(len(valid))
-    else:
-        ids, probs, valid = target.clamp_min(0).unsqueeze(-1), None, target != -100
-        counted = torch.ones(len(valid)) if weight is None else weight[ids[:, 0]]
-    if wide is None:    # 16-bit logits, as eager PyTorch has them
-        u = F.linear(*leaves)
-        u = u if u.dtype == torch.float64 else u.float()
-        loss, *_ = of_logits(u, ids, probs, class_weight=weight, bucket=tail == "bucket", **options)
-    else:
-        loss, *_ = definition(leaves[0], leaves[1], ids, probs, linear_bias=leaves[2], bucket=tail == "bucket",
-                              class_weight=None if weight is None else weight.to(wide), **options)
-    factor = (torch.ones(len(valid)) if token_weight is None else token_weight).double()
-    loss = torch.where(valid, loss * factor, 0)
-    if reduction != "none":
-        loss = loss.sum()
-    if reduction == "mean":
-        loss = loss / (counted * factor)[valid].sum()
-    wanted = [t for t in leaves if t is not None]
-    grads = torch.autograd.grad(loss, wanted, torch.as_tensor(upstream).to(loss.dtype).expand_as(loss))
-    return loss.detach(), grads
-
-
-def check(backend, dtype, draw, *, upstream=1.0, seeds=6, extra=0.0, **options):
-    """Loss and gradients of a backend are as near the float64 truth as the unfused op's at this dtype, over the
-    problems ``draw(seed) -> (x, w, b, target)``. ``extra``: a relative rounding that is allowed for on top."""
-    ours, theirs = ({name: [] for name in "xwb"} for _ in range(2))
-    ours_rows, theirs_rows = ({name: [] for name in "xw"} for _ in range(2))
-    for seed in range(seeds):
-        x, w, b, target = draw(seed)
-        true_loss, true_grads = expected(x, w, b, target, upstream=upstream, **options)
-        loss = linear_cross_entropy(x, w, target, linear_bias=b, backend=backend, **options)
-        assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-        assert error(loss.detach(), true_loss) <= LOSS[dtype]
-        leaves = [t for t in (x, w, b) if t is not None]
-        grads = torch.autograd.grad(loss, leaves, torch.as_tensor(upstream, dtype=loss.dtype).expand_as(loss))
-        _, plain = expected(x, w, b, target, upstream=upstream, wide=None, **options)
-        for name, leaf, grad, true, eager in zip("xwb", leaves, grads, true_grads, plain, strict=False):
-            assert grad.dtype == leaf.dtype and grad.shape == leaf.shape
-            ours[name].append(error(grad, true))
-            theirs[name].append(error(eager, true))
-            if grad.ndim == 2 and true.any():
-                ours_rows[name].append(row_errors(grad, true))
-                theirs_rows[name].append(row_errors(eager, true))
-    for name, found in ours.items():
-        if found:
-            unfused = pooled(theirs[name])
-            assert pooled(found) <= ((FACTOR * unfused) ** 2 + extra**2) ** 0.5 + ROUNDING[dtype], name
-    for name, found in ours_rows.items():
-        for quantile in (0.5, 0.99) if found else ():
-            bound = 1.25 * torch.cat(theirs_rows[name]).quantile(quantile) + extra + 10 * ROUNDING[dtype]
-            assert torch.cat(found).quantile(quantile) <= bound, (name, quantile)
-
-
-def pooled(errors):
-    return (sum(e * e for e in errors) / len(errors)) ** 0.5
 
 
 # -- options ----------------------------------------------------------------------------------------------------------
@@ -519,13 +415,6 @@ def test_products_counted(frozen, products):
     assert flops(step) == products * product
     with torch.no_grad():
         assert flops(step) == product
-
-
-def flops(function):
-    """Of the matrix products, those inside of custom ops too."""
-    with torch.profiler.profile(with_flops=True) as profile:
-        function()
-    return sum(event.flops for event in profile.key_averages() if event.key in ("aten::mm", "aten::addmm"))
 
 
 @each_backend

@@ -1,0 +1,56 @@
+"""Targets are met, missed or not measured."""
+
+from ssd_core.bench.verdict import judge
+
+
+def row(variant, median, over, extra=50, workspace=64, ours=True):
+    return {"variant": variant, "ours": ours, "status": "timed", "workspace": workspace << 20 if workspace else None,
+            "over_floor": over, "extra_bytes": extra << 20, "time": {"median": median}}
+
+
+def results(*rows, op="linear_cross_entropy", **fields):
+    one = {"op": op, "case": "smollm2", "dtype": "float32", "device": "cpu", "frozen": False, "axis": "",
+           "tokens": 2048, "hidden": 576, "vocab": 49152, "rows": list(rows), **fields}
+    return {"results": [one]}
+
+
+def lines(result, word):
+    return [line for line in judge(result) if word in line]
+
+
+def test_a_target_is_met_by_the_best_exact_variant():
+    exact, slow, filtered = row("cpu", 1, 0.8), row("torch", 2, 1.6), row("cpu, grad_filter=0.01", 1, 0.5)
+    found = judge(results(slow, exact, filtered))
+    assert any(line.startswith("met") and "<= 0.88" in line and line.endswith("0.80") for line in found)
+    assert any(line.startswith("missed") and "filtered" in line and line.endswith("0.50") for line in found)
+    assert any(line.startswith("not measured") and "gemma-3-1b" in line for line in found)
+    assert not any("cuda" in line for line in found)            # another machine's
+
+
+def test_a_larger_workspace_does_not_count():
+    assert lines(results(row("cpu, 256 MiB", 1, 0.8, workspace=256)), "<= 0.88")[0].startswith("not measured")
+
+
+def test_seconds_of_a_sampler():
+    given = results(row("cpu", 0.002, 1, workspace=None), op="sample", case="qwen3-0.6b", tokens=32)
+    assert lines(given, "sample") == ["met: sample, qwen3-0.6b, float32, cpu: <= 2.5 ms at N = 32: 2 ms"]
+
+
+def test_peers_are_beaten_with_no_more_memory_only():
+    peer = row("peer", 2, 2, extra=100, ours=False, workspace=None)
+    assert lines(results(row("cpu", 1, 1), peer), "peer's time")[0].startswith("met")
+    assert lines(results(row("cpu", 3, 3), peer), "peer's time")[0].startswith("missed")
+    assert lines(results(row("cpu", 1, 1, extra=200), peer), "peer's time") == []
+
+
+def test_a_broken_workspace_is_named():
+    assert lines(results(row("cpu", 1, 1, extra=70)), "takes")[0].endswith("takes 70 MiB, 67 allowed")
+    assert lines(results(row("cpu", 1, 1, extra=66)), "takes") == []
+    assert lines(results(row("cpu", 1, 1, extra=170), dtype="bfloat16"), "takes") == []     # 108 of accumulator
+
+
+def test_distillation_over_hard_cross_entropy():
+    hard, soft = results(row("cpu", 1.0, 1)), results(row("cpu", 1.04, 1), op="linear_distill")
+    both = {"results": hard["results"] + soft["results"]}
+    assert lines(both, "of hard") == [
+        "met: linear_distill, smollm2, float32: 1.04 of hard cross-entropy's time, <= 1.05"]

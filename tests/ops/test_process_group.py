@@ -1,0 +1,282 @@
+"""A vocabulary over several ranks equals one rank: loss, d_input on every rank, the shards' d_weight and d_bias.
+
+All cases run in one set of processes, each this file as a script.
+"""
+
+import datetime
+import subprocess
+import sys
+from collections import namedtuple
+
+import pytest
+import torch
+
+from ssd_core import SparseTarget, TeacherHidden, TeacherLogits, linear_cross_entropy, linear_distill, linear_logprob
+from ssd_core.chunked import grad_filter, groups
+
+N, D, V = 37, 16, 700
+SHARDS = {2: (257, 443), 4: (1, 299, 120, 280)}
+DTYPES = [torch.float32, torch.float64, torch.bfloat16]
+ROUNDING = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2e-6}
+DELTA = 0.2
+SMALL = 3_300_000       # bytes: chunks of a few rows, or tiles of the vocabulary
+CLASS_WEIGHT = torch.rand(V, generator=torch.Generator().manual_seed(5)) + 0.1
+UPSTREAM = torch.linspace(-2, 3, N)
+
+Shard = namedtuple("Shard", "group start stop")
+ALONE = Shard(None, 0, V)
+
+
+def problem(dtype, wide=None):
+    """Leaves x, w, b and whatever the cases are taken against; ``wide`` holds the same numbers in more digits."""
+    g = torch.Generator().manual_seed(0)
+
+    def random(*shape, scale=1.0):
+        return (scale * torch.randn(*shape, generator=g, dtype=torch.float64)).to(dtype).to(wide or dtype)
+
+    x, w, b = random(N, D), random(V, D, scale=3 / D**0.5), random(V)
+    y = torch.randint(V, (N,), generator=g)
+    y[::6] = -100
+    ids = torch.stack([torch.randperm(V, generator=g)[:5] for _ in range(N)])
+    probs = torch.rand(N, 5, generator=g) / 5
+    probs[::7] = 0
+    dense = torch.rand(N, V, generator=g).softmax(-1)
+    return {"x": x, "w": w, "b": b, "y": y, "sparse": SparseTarget(ids, probs), "dense": dense,
+            "teacher": random(N, V), "hidden": (random(N, 9), random(V, 9), random(V))}
+
+
+def run(case, given, shard):
+    """``(results, d_input, d_weight, d_bias)`` of a case on one rank; the last two of its shard."""
+    own = slice(shard.start, shard.stop)
+    x, w, b = (t.detach().requires_grad_() for t in (given["x"], given["w"][own], given["b"][own]))
+    options = {"linear_bias": b, "process_group": shard.group, "vocab_start": shard.start}
+    results = case(x, w, given, own, options)
+    grads = torch.autograd.grad(results[0].sum(), (x, w, b)) if results[0].ndim == 0 else torch.autograd.grad(
+        results[0], (x, w, b), UPSTREAM.to(results[0].dtype))
+    return [t.detach() for t in (*results, *grads)]
+
+
+def losses(**options):
+    """linear_cross_entropy, the target named in ``given``."""
+    target, weighted = options.pop("target", "y"), options.pop("weighted", False)
+
+    def case(x, w, given, own, shared):
+        found = given[target][:, own] if target == "dense" else given[target]
+        weight = CLASS_WEIGHT[own] if weighted else None
+        loss, stats = linear_cross_entropy(x, w, found, weight=weight, return_stats=True, **options, **shared)
+        return loss, stats.nll, stats.lse, stats.denominator, stats.skipped_max
+
+    return case
+
+
+def distillation(teacher, **options):
+    weighted = options.pop("weighted", False)
+
+    def case(x, w, given, own, shared):
+        found = given["sparse"]
+        if teacher == "logits":
+            found = TeacherLogits(given["teacher"][:, own])
+        if teacher == "hidden":
+            states, weight, bias = given["hidden"]
+            found = TeacherHidden(states, weight[own], bias[own], logit_scale=0.7, softcap=5.0)
+        target = given["y"] if options.get("ce_weight") else None
+        weight = CLASS_WEIGHT[own] if weighted else None
+        loss, stats = linear_distill(
+            x, w, found, target=target, weight=weight, return_stats=True, **options, **shared)
+        return loss, stats.divergence, stats.nll, stats.lse
+
+    return case
+
+
+def logprobs(x, w, given, own, shared, **options):
+    found = linear_logprob(x, w, given["y"], temperature=1.3, softcap=4.0, **options, **shared)
+    return (found.logprob * UPSTREAM + found.entropy * UPSTREAM.flip(0)).sum(), *found
+
+
+CASES = {
+    "hard": losses(),
+    "hard, none": losses(reduction="none"),
+    "hard, sum, small": losses(reduction="sum", workspace_bytes=SMALL),
+    "sparse": losses(target="sparse"),
+    "sparse, renormalised": losses(target="sparse", tail="renormalise"),
+    "sparse, bucket": losses(target="sparse", tail="bucket", temperature=1.4, reduction="none"),
+    "class weights": losses(weighted=True),
+    "label smoothing": losses(label_smoothing=0.2, softcap=5.0, logit_scale=1.2),
+    "smoothing and class weights": losses(label_smoothing=0.2, weighted=True, temperature=0.8),
+    "z_loss": losses(z_loss=0.01),
+    "class probabilities": losses(target="dense"),
+    "class probabilities, all": losses(target="dense", weighted=True, label_smoothing=0.1, reduction="none"),
+    **{f"{teacher}, {divergence}": distillation(teacher, divergence=divergence, temperature=1.5, beta=0.3)
+       for teacher in ("sparse", "logits", "hidden") for divergence in ("forward_kl", "reverse_kl", "jsd")},
+    "sparse, support": distillation("sparse", tail="support", divergence="jsd", reduction="none"),
+    "sparse, renormalised teacher": distillation("sparse", tail="renormalise", temperature_squared=True),
+    **{f"{teacher} with cross-entropy": distillation(
+        teacher, ce_weight=0.4, label_smoothing=0.1, z_loss=0.01, weighted=True, temperature=0.7)
+       for teacher in ("sparse", "logits", "hidden")},
+    "hidden, small": distillation("hidden", divergence="jsd", workspace_bytes=2 * SMALL),
+    "logprob": logprobs,
+    "logprob, small": lambda *arguments: logprobs(*arguments, workspace_bytes=SMALL),
+}
+# what is asked for, and how it is filtered
+FILTERED = {
+    "hard": ({}, {"grad_filter": DELTA}),
+    "none": ({"target": "sparse", "reduction": "none", "token_weight": UPSTREAM.sign()}, {"grad_filter": DELTA}),
+    "small": ({"workspace_bytes": 5_400_000}, {"grad_filter": DELTA, "grad_filter_weight": DELTA / 4}),
+}
+
+
+def ties(given, shard):
+    """Equal logits of the largest value on several ranks: the lowest id wins."""
+    own = slice(shard.start, shard.stop)
+    bias = torch.zeros(V)
+    bias[[299, 300, 256, 257, 699]] = 9.0
+    bias[0] = 9.0 if given["first"] else 0.0
+    found = linear_logprob(torch.zeros(3, 2), torch.zeros(V, 2)[own], torch.zeros(3, dtype=torch.int64),
+                           linear_bias=bias[own], process_group=shard.group, vocab_start=shard.start)
+    return found.argmax
+
+
+def worker(rank, world, folder):
+    """One rank: results of all cases into ``folder``."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world,
+                            timeout=datetime.timedelta(seconds=60))
+    start = sum(SHARDS[world][:rank])
+    shard = Shard(dist.group.WORLD, start, start + SHARDS[world][rank])
+    found = {}
+    reduce, summed = groups.all_reduce, set()
+
+    def recording(tensor, how, group):
+        if tensor.shape == (N, D):
+            summed.add(tensor.dtype)
+        return reduce(tensor, how, group)
+
+    groups.all_reduce = recording
+    for dtype in DTYPES:
+        given = problem(dtype)
+        for name, case in CASES.items():
+            summed.clear()
+            found[name, dtype] = run(case, given, shard)
+            found["summed", name, dtype] = set(summed)
+    found["ties"] = [ties({"first": first}, shard) for first in (False, True)]
+    found |= filtered(shard)
+    found["refused"] = refused(shard)
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def filtered(shard):
+    """Results, and of each chunk this rank's bound and the largest mass that it skips of a token."""
+    found, chunks = {}, []
+    select = grad_filter._Skipped.select
+
+    def recording(share, mass, protected):
+        select(share, mass, protected)
+        chunks.append((share.delta, mass.masked_fill(share.active, 0).sum(-1).max().item()))
+
+    grad_filter._Skipped.select = recording
+    for name, (asked, filters) in FILTERED.items():
+        chunks.clear()
+        results = run(losses(**asked, **filters), problem(torch.float64), shard)
+        found["filtered", name] = results, list(chunks)
+    grad_filter._Skipped.select = select
+    return found
+
+
+def refused(shard):
+    """A workspace that is too small for one rank is too small for all: none waits for another."""
+    given = problem(torch.float32)
+    messages = []
+    for options in ({"workspace_bytes": 1000}, {"workspace_bytes": 3_150_000, "grad_filter": 0.1}):
+        try:
+            linear_cross_entropy(given["x"], given["w"][shard.start : shard.stop], given["y"],
+                                 process_group=shard.group, vocab_start=shard.start, **options)
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
+
+
+# -- the tests --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.all)], ids=["2-ranks", "4-ranks"])
+def ranks(request, tmp_path_factory):
+    """What every rank found."""
+    folder, world = tmp_path_factory.mktemp("ranks"), request.param
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-P", __file__, str(rank), str(world), folder], stderr=subprocess.PIPE, text=True)
+        for rank in range(world)]
+    said = [process.communicate(timeout=240)[1] for process in processes]
+    assert not any(process.returncode for process in processes), "\n".join(said)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
+
+
+def error(found, true):
+    scale = true.double().norm()
+    return ((found.double() - true.double()).norm() / (scale if scale > 0 else 1)).item()
+
+
+def assert_same(found):
+    """All but d_weight and d_bias is the same on all ranks, bit for bit."""
+    for rank in found[1:]:
+        assert all(torch.equal(a, e) for a, e in zip(rank[:-2], found[0][:-2], strict=True))
+
+
+def joined(found):
+    return *found[0][:-2], *(torch.cat([rank[place] for rank in found]) for place in (-2, -1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("name", CASES)
+def test_equal_to_one_rank(ranks, name, dtype):
+    """As near to float64 as one rank is; d_input is added up in float32 (Megatron #2739 did so in bfloat16)."""
+    true = run(CASES[name], problem(dtype, torch.float64), ALONE)
+    alone = run(CASES[name], problem(dtype), ALONE)
+    found = [rank[name, dtype] for rank in ranks]
+    assert_same(found)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert all(rank["summed", name, dtype] == {wide} for rank in ranks)
+    for ours, one, expected in zip(joined(found), alone, true, strict=True):
+        assert ours.shape == expected.shape and ours.dtype == one.dtype
+        # the ranks' parts of d_input are rounded, each once, before they are added up
+        parts = torch.finfo(dtype).eps / 2 if dtype.itemsize == 2 else 0
+        assert error(ours, expected) <= 1.1 * (error(one, expected) ** 2 + parts**2) ** 0.5 + ROUNDING[dtype]
+
+
+def test_of_ties_the_lowest_id_on_any_rank(ranks):
+    for rank in ranks:
+        assert [argmax.tolist() for argmax in rank["ties"]] == [[256] * 3, [0] * 3]
+
+
+@pytest.mark.parametrize("name", FILTERED)
+def test_filtered(ranks, name):
+    """Each rank skips at most its part of the bound; loss and column sums stay exact, the rest is within the bound."""
+    asked, filters = FILTERED[name]
+    given = problem(torch.float64)
+    *results, skipped_max, d_input, d_weight, d_bias = joined([rank["filtered", name][0] for rank in ranks])
+    *true, _, true_input, true_weight, true_bias = run(losses(**asked), given, ALONE)
+    assert_same([rank["filtered", name][0] for rank in ranks])
+    for ours, expected in zip((*results, d_bias), (*true, true_bias), strict=True):
+        assert error(ours, expected) <= 1e-12
+    chunks = [rank["filtered", name][1] for rank in ranks]
+    assert {delta for rank in chunks for delta, _ in rank} == {bound / len(ranks) for bound in filters.values()}
+    assert all(most <= delta + 1e-12 for rank in chunks for delta, most in rank)
+    assert max(most for rank in chunks for _, most in rank) > 0
+    assert 0 < skipped_max <= max(filters.values()) + 1e-12
+    # in L1 a token's gradient is off by at most twice the bound times its weight
+    weight = UPSTREAM.abs() if name == "none" else torch.full((N,), 1 / true[-1])
+    off = (d_input - true_input).abs().amax(-1)
+    assert (off <= 2 * DELTA * weight * given["w"].abs().max()).all() and off.max() > 1e-6
+    assert error(d_weight, true_weight) > 1e-6
+
+
+def test_a_refusal_is_everyones(ranks):
+    """A workspace that is too small for the largest shard is too small for all: no rank waits for another."""
+    for rank in ranks:
+        assert len(rank["refused"]) == 2 and rank["refused"] == ranks[0]["refused"]
+
+
+if __name__ == "__main__":
+    worker(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
