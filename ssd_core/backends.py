@@ -73,8 +73,8 @@ def _portable(op: str, module: str = "", *, reference_lacks: tuple[str, ...] = (
 
 
 BACKENDS = (
-    Backend("linear_cross_entropy", "cpu", f"{_CHUNKED}.linear_cross_entropy:linear_cross_entropy_cpu", devices=("cpu",),
-            dtypes=("float32", "bfloat16"), needs="ssd_core.native:missing",
+    Backend("linear_cross_entropy", "cpu", f"{_CHUNKED}.linear_cross_entropy:linear_cross_entropy_cpu",
+            devices=("cpu",), dtypes=("float32", "bfloat16"), needs="ssd_core.native:missing",
             lacks=("grad_filter", "grad_filter_weight", "process_group", "class probabilities")),
     *_portable("linear_cross_entropy", reference_lacks=("process_group",)),
     *_portable("linear_distill", reference_lacks=("process_group",)),

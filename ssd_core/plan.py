@@ -20,7 +20,8 @@ BALANCE = {2: (40, 250), 4: (10, 100), 8: (5, 20)}  # FLOP in the time of a byte
 @dataclasses.dataclass(frozen=True)
 class ChunkPlan:
     """``rows`` x ``tile`` logits are held at a time. If a tile is all of the vocabulary they are computed once, else
-    once for every look at them. Products on their way into a wider sum come in ``columns`` of the vocabulary."""
+    once for every look at them. Products on their way into a wider sum come in ``columns`` of the vocabulary, and a
+    weight of another dtype is cast in as many."""
 
     rows: int
     columns: int

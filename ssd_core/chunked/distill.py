@@ -31,7 +31,7 @@ class Measure(NamedTuple):
         return self.divergence
 
     def terms(self, log_p, log_q):
-        """``(value, own)``, summed over the last axis, of log-probabilities (r, B): the divergence, and for the gradient
+        """``(value, own)``, summed over the last axis, of log-probabilities (r, B): the divergence, and for its slope
         ``sum_b q_b g_b`` with g_b = d value / d q_b up to a constant."""
         if self.kind == FORWARD:
             value = _expected(log_p, log_p, log_q).sum(-1)
@@ -105,7 +105,7 @@ class _DistillRows:
 class SparseDistillRows(_DistillRows):
     """From a teacher's probabilities on a few ids, on K + 1 buckets: the ids, and everything else.
 
-    With r_b = q_b g_b the gradient is ``r_k - q_k sum(r)`` on the ids and ``q_j / q_tail r_tail - q_j sum(r)`` off them.
+    With r_b = q_b g_b, the slope is ``r_k - q_k sum(r)`` on the ids and ``q_j / q_tail r_tail - q_j sum(r)`` off them.
     """
 
     passes = 1

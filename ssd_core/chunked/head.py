@@ -1,4 +1,4 @@
-"""From hidden states to a loss over a vocabulary and its gradients, in chunks: the loop that all ``linear_*`` ops share.
+"""From hidden states to a loss over a vocabulary and its gradients, in chunks: the loop that ``linear_*`` ops share.
 
 What an op makes of its logits is a *row pass*, an object for the rows of one chunk:
 
@@ -32,10 +32,16 @@ class Head(NamedTuple):
     bias: torch.Tensor | None       # (V,)
     scale: float
     softcap: float                  # 0: none
-    dtype: torch.dtype              # that products are taken in; a weight of another one is cast tile by tile
+    dtype: torch.dtype              # that products are taken in
+    columns: int                    # of a weight of another dtype, as many are cast at a time
 
     def outputs(self, x, tile: slice, out: torch.Tensor) -> torch.Tensor:
-        return torch.mm(x, self.weight[tile].to(self.dtype).t(), out=out)
+        step = out.shape[1] if self.weight.dtype == self.dtype else self.columns
+        for start in range(0, out.shape[1], step):
+            some = out[:, start : start + step]
+            first = tile.start + start
+            torch.mm(x, self.weight[first : first + some.shape[1]].to(self.dtype).t(), out=some)
+        return out
 
     def logits(self, u, tile: slice) -> torch.Tensor:
         bias = None if self.bias is None else self.bias[tile].to(wide_dtype(self.dtype))

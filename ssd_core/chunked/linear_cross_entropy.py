@@ -24,7 +24,7 @@ def linear_cross_entropy(
     gradients. ``keep_float32`` leaves those of weight and bias in float32. Products are taken in ``dtype``. ``vocab``
     counts the ids of all ranks of ``group``. ``certificate``: None, or (3,) of the gradient filter.
     """
-    head = heads.Head(input, linear_weight, linear_bias, logit_scale, softcap, dtype)
+    head = heads.Head(input, linear_weight, linear_bias, logit_scale, softcap, dtype, chunks.columns)
 
     def make_pass(index, part):
         return cross_entropy_rows(

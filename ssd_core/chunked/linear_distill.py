@@ -17,12 +17,13 @@ def linear_distill(
     The teacher is ``ids`` and ``probs`` (N, K), ``teacher_logits`` (N, V'), or ``teacher_input`` (N, D') with
     ``teacher_weight`` (V', D'). The rest as in ``chunked.linear_cross_entropy``.
     """
-    head = heads.Head(input, linear_weight, linear_bias, logit_scale, softcap, dtype)
+    head = heads.Head(input, linear_weight, linear_bias, logit_scale, softcap, dtype, chunks.columns)
     teacher_head = buffer = None
     extent = 0 if teacher_logits is None else teacher_logits.shape[1]
     if teacher_input is not None:
         teacher_head = heads.Head(
-            teacher_input, teacher_weight, teacher_bias, teacher_logit_scale, teacher_softcap, teacher_input.dtype)
+            teacher_input, teacher_weight, teacher_bias, teacher_logit_scale, teacher_softcap, teacher_input.dtype,
+            chunks.columns)
         extent = len(teacher_weight)
         buffer = teacher_input.new_empty(min(chunks.rows, len(input)), min(chunks.tile, extent))
 

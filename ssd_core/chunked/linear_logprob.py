@@ -16,7 +16,7 @@ def linear_logprob(
     ``ids`` (N,); ``row_scale`` (M, 2) or None: the gradients are those of ``(row_scale * [logprob, entropy]).sum()``.
     The rest as in ``chunked.linear_cross_entropy``; argmax is given as a float.
     """
-    head = heads.Head(input, linear_weight, linear_bias, logit_scale, softcap, dtype)
+    head = heads.Head(input, linear_weight, linear_bias, logit_scale, softcap, dtype, chunks.columns)
 
     def make_pass(index, part):
         return LogprobRows(

@@ -25,7 +25,7 @@ def blocks(count: int, columns: int, device: torch.device):
 
 
 def capped(u, bias, scale: float, softcap: float):
-    """c = softcap * tanh(scale * (u + bias) / softcap) in float32 (float64); a softcap of 0 is none. May be u itself."""
+    """c = softcap * tanh(scale * (u + bias) / softcap) in float32 (float64); a softcap of 0 is none. Maybe u itself."""
     c = u.to(wide_dtype(u.dtype))
     if bias is not None:
         c = c + bias
@@ -91,7 +91,7 @@ class LogSumExp:
 
 
 class BelowMax:
-    """sum_j a_j (max - z_j) and sum_j a_j of each row, for weights a >= 0, over tiles and ranks. Relative to the running
+    """sum_j a_j (max - z_j) and sum_j a_j of each row, for weights a, over tiles and ranks. Relative to the running
     maximum, so that a common offset of all logits costs no digits."""
 
     def __init__(self, rows: int, dtype: torch.dtype, device):
@@ -114,7 +114,7 @@ class BelowMax:
 
 
 def run(logits, make_pass, rows, *, scaled: bool, scale: float = 1.0, softcap: float = 0.0, extent: int = 0):
-    """``(results (n, M), d_logits or None)`` of a row pass (see ``chunked.head``) over given logits (N, V), in blocks of
+    """``(results (n, M), d_logits or None)`` of a row pass (see ``chunked.head``) over logits (N, V), in blocks of
     rows that stay in cache. ``rows`` (M,) names those that count, or None for all; the others' gradient is 0.
     ``extent`` counts the columns that the pass looks at, if there are more than V."""
     count = len(logits) if rows is None else len(rows)

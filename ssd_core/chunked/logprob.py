@@ -11,7 +11,7 @@ from ssd_core.chunked.logits import LogSumExp, inside_tile, run, wide_dtype
 class LogprobRows:
     """A row pass (see ``chunked.head``) over logits c, before the temperature.
 
-    ``ids`` (R,) int64; ``row_scale`` (R, 2) or None: the gradient is that of ``(row_scale * [logprob, entropy]).sum()``.
+    ``ids`` (R,) int64; ``row_scale`` (R, 2) or None: gradients are those of ``(row_scale * [logprob, entropy]).sum()``.
     """
 
     passes = 1

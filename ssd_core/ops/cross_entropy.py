@@ -96,7 +96,8 @@ def cross_entropy(
         label_weight = tokens.label_weights(class_weight, ids[:, 0], 0, None)
 
     flat = logits.reshape(-1, vocab)
-    numbers = Options(float(logit_scale), float(softcap or 0), float(temperature), float(label_smoothing), float(z_loss))
+    numbers = Options(
+        float(logit_scale), float(softcap or 0), float(temperature), float(label_smoothing), float(z_loss))
     _, loss, nll, lse, _ = _cross_entropy(
         flat, ids, probs, dense, valid, class_weight, label_weight, None, tokens.needs(flat), list(numbers),
         tail == "bucket", backend)

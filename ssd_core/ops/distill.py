@@ -84,8 +84,9 @@ def distill(
 ):
     """Divergence from a teacher to logits. For TeacherLogits it equals::
 
-        F.kl_div(F.log_softmax(logits.float() / temperature, -1), F.log_softmax(teacher_logits.float() / temperature, -1),
-                 reduction="none", log_target=True).sum(-1).mean()                  # forward_kl
+        q = F.log_softmax(logits.float() / temperature, -1)
+        p = F.log_softmax(teacher_logits.float() / temperature, -1)
+        F.kl_div(q, p, reduction="none", log_target=True).sum(-1).mean()            # forward_kl
 
     without float32 copies: beyond the logits there is their gradient only. ``logits`` (..., V) in any floating dtype,
     ``teacher`` a SparseTarget or TeacherLogits; options, result and errors as in ``linear_distill``.

@@ -12,7 +12,7 @@ from ssd_core.targets import SparseTarget
 
 def k_dimensional(loss, input, linear_weight, target, *, linear_bias, reduction, return_stats, **options):
     """``loss`` (linear_cross_entropy) with a weight (V, d_1, ..., d_K, D) and a bias (V, d_1, ..., d_K): position p of
-    (d_1, ..., d_K) has the head ``linear_weight[:, p]``. ``input`` (N, D); ``target`` labels (N, d_1, ..., d_K) or class
+    (d_1, ..., d_K) has the head ``linear_weight[:, p]``. ``input`` (N, D); ``target`` labels (N, d_1, ..., d_K) or
     probabilities (N, V, d_1, ..., d_K)."""
     checks.one_of(reduction, "reduction", tokens.REDUCTIONS)
     tokens.check_floats(input)
@@ -31,7 +31,8 @@ def k_dimensional(loss, input, linear_weight, target, *, linear_bias, reduction,
         linear_bias = linear_bias.flatten(1)
     labels, probabilities = (len(input), *positions), (len(input), vocab, *positions)
     dense = target.shape == probabilities and target.is_floating_point()
-    checks.expect(dense or target.shape == labels, "target", f"labels {labels} or probabilities {probabilities}", target)
+    fits = dense or target.shape == labels
+    checks.expect(fits, "target", f"labels {labels} or probabilities {probabilities}", target)
 
     # 16-bit gradients of the input are added up over the heads in float32
     wide = input.to(tokens.wide_dtype(input.dtype))

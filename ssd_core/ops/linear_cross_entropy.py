@@ -221,7 +221,8 @@ def linear_cross_entropy(
 
     head = (input.reshape(-1, input.shape[-1]), linear_weight, linear_bias)
     targets = (ids, probs, dense, valid, class_weight, label_weight)
-    numbers = Options(float(logit_scale), float(softcap or 0), float(temperature), float(label_smoothing), float(z_loss))
+    numbers = Options(
+        float(logit_scale), float(softcap or 0), float(temperature), float(label_smoothing), float(z_loss))
     call = (vocab_order, tokens.needs(*head), dtype, list(numbers), tail == "bucket", filters, workspace_bytes,
             tokens.group_name(process_group), vocab_start, backend)
     if reduction == "none":
@@ -273,7 +274,8 @@ def _filters(grad_filter, grad_filter_weight, tail, label_smoothing, dense, voca
     for name, bound in zip(("grad_filter", "grad_filter_weight"), filters, strict=True):
         checks.expect(0 <= bound < 1, name, "a number in [0, 1)", bound)
         if bound:
-            checks.expect(tail != "bucket", name, "0 with tail='bucket' (its gradient is not bounded by softmax mass)", bound)
+            unbounded = "0 with tail='bucket' (its gradient is not bounded by softmax mass)"
+            checks.expect(tail != "bucket", name, unbounded, bound)
             checks.expect(label_smoothing == 0, name, "0 with label_smoothing (its gradient is dense)", bound)
             checks.expect(dense is None, name, "0 with class probabilities (their gradient is dense)", bound)
     if vocab_order is not None:

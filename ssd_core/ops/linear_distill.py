@@ -101,8 +101,8 @@ def _linear_distill(
 
 
 @_linear_distill.register_fake
-def _(input, linear_weight, linear_bias, ids, probs, teacher_logits, teacher_input, teacher_weight, teacher_bias, labels,
-      valid, class_weight, label_weight, row_scale, needs, dtype, *_):
+def _(input, linear_weight, linear_bias, ids, probs, teacher_logits, teacher_input, teacher_weight, teacher_bias,
+      labels, valid, class_weight, label_weight, row_scale, needs, dtype, *_):
     wide = tokens.wide_dtype(dtype)
     each = [input.new_empty(input.shape[0], dtype=wide) for _ in range(4)]
     grads = autograd.empty_head_gradients(input, linear_weight, linear_bias, needs, row_scale is not None)
@@ -148,7 +148,7 @@ def linear_distill(
         F.kl_div(q, p, reduction="none", log_target=True).sum(-1).mean()            # forward_kl
 
     with q and p exchanged for "reverse_kl", and for "jsd" with ``m = beta p + (1 - beta) q``: ``beta KL(p | m) + (1 -
-    beta) KL(q | m)`` (beta 0 is forward KL and 1 is reverse KL, as in GKD, arXiv 2306.13649, and TRL). Each token's loss
+    beta) KL(q | m)`` (beta 0 is forward KL and 1 is reverse KL, as in GKD, arXiv 2306.13649, and TRL). A token's loss
     is ``(1 - ce_weight) * divergence + ce_weight * cross_entropy(target) + z_loss * logsumexp ** 2``, times its
     ``token_weight``; nothing is mixed in and no temperature applied unless asked for. One product makes the student's
     logits for all of it.
@@ -241,7 +241,8 @@ def check_distill(teacher, target, shape, device, divergence, beta, tail, ce_wei
                   "'bucket' or 'support' with the reverse KL (to a teacher without a tail it is infinite)", repr(tail))
     checks.expect(teacher.shape == shape, "teacher", lambda: f"{tuple(shape)} like the tokens", tuple(teacher.shape))
     checks.expect(teacher.device == device, "teacher", f"tensors on {device} like input", teacher.device)
-    checks.expect(ce_weight == 0 or target is not None, "target", "labels for the cross-entropy (ce_weight > 0)", target)
+    labelled = ce_weight == 0 or target is not None
+    checks.expect(labelled, "target", "labels for the cross-entropy (ce_weight > 0)", target)
     if target is not None:
         checks.expect_type(target, "target", Tensor, "a tensor of labels")
         tokens.check_labels(target, "target", shape)

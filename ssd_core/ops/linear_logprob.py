@@ -49,8 +49,8 @@ def _linear_logprob(
         "linear_logprob", input.device, dtype, backend, ["process_group"] if process_group else [])
     demand = Demand(
         len(input) if rows is None else len(rows), input.shape[1],
-        groups.largest(len(linear_weight), input.device, group), 1, dtype, input.device, gathered=rows is not None, cast=linear_weight.dtype != dtype,
-        wide_input=bool(process_group))
+        groups.largest(len(linear_weight), input.device, group), 1, dtype, input.device, gathered=rows is not None,
+        cast=linear_weight.dtype != dtype, wide_input=bool(process_group))
     with tokens.without_autocast(input.device):
         *results, d_input, d_weight, d_bias = function(
             input, linear_weight, linear_bias, ids, rows,

@@ -64,5 +64,6 @@ def logprob(
     ids, valid = tokens.labels(target, ignore_index, shift)
     flat = logits.reshape(-1, logits.shape[-1])
     _, *results = _logprob(
-        flat, ids, valid, None, tokens.needs(flat), float(logit_scale), float(softcap or 0), float(temperature), backend)
+        flat, ids, valid, None, tokens.needs(flat), float(logit_scale), float(softcap or 0), float(temperature),
+        backend)
     return Logprob(*(tokens.shaped(values, shape, shift) for values in results[:4]))

@@ -99,6 +99,12 @@ def without_autocast(device: torch.device):
 
 
 def needs(*tensors) -> list[bool]:
+    """Which of them want a gradient. Forward-mode derivatives would come out as 0: they are refused."""
+    level = torch.autograd.forward_ad._current_level
+    if not torch.compiler.is_compiling() and level >= 0:
+        duals = [t for t in tensors if t is not None and torch.autograd.forward_ad.unpack_dual(t).tangent is not None]
+        if duals:
+            raise RuntimeError("forward-mode differentiation is not supported")
     return [torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors]
 
 

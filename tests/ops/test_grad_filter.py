@@ -408,7 +408,7 @@ def test_each_rank_gets_its_part_of_the_bound(world, monkeypatch):
     x, w, _, _ = problem()
     from ssd_core.chunked.head import Head
 
-    found = chunked.GradFilter(Head(x, w, None, 1.0, 0.0, x.dtype), torch.arange(len(w)), 0.1, 0.02, len(x), None, 0)
+    found = chunked.GradFilter(Head(x, w, None, 1.0, 0.0, x.dtype, 0), torch.arange(len(w)), 0.1, 0.02, len(x), None, 0)
     assert (found.for_input.delta, found.for_weight.delta) == (0.1 / world, 0.02 / world)
 
 
