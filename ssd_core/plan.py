@@ -104,9 +104,13 @@ def plan_chunks(demand: Demand, workspace_bytes: int | None) -> ChunkPlan:
 def _square(demand: Demand, free: int) -> tuple[int, int]:
     """Rows and columns of tiles, about as many of one as of the other."""
     rows = min(demand.tokens, math.isqrt(max(0, free) // (demand.dtype.itemsize * demand.logits)))
+    block = block_elements(demand.device)
     while rows >= 1:
-        left = free - demand.row_pass(1) - rows * demand.row(0)
-        tile = min(demand.vocab, left // (rows * demand.dtype.itemsize * demand.logits))
+        left, column = free - rows * demand.row(0), rows * demand.dtype.itemsize * demand.logits
+        tile = (left - demand.row_pass(1)) // column
+        if tile > block:        # the row pass works on a row at least
+            tile = max(block, left // (column + demand.row_pass(1) // block))
+        tile = min(demand.vocab, tile)
         if tile >= min(rows, demand.vocab):
             return rows, tile
         rows = rows * 3 // 4

@@ -11,7 +11,7 @@ import torch
 
 
 def register(op, *, tensors: int, scale: int, gradients: int, differentiable: int = 1) -> None:
-    """Make ``op`` differentiable: in ``total`` or, without a row scale, in the first ``differentiable`` results, token by
+    """Differentiate ``op`` in ``total`` or, without a row scale, in its ``differentiable`` first results, token by
     token and for any upstream gradient. ``tensors`` counts them, ``scale`` is the place of the row scale."""
     name = op._name.removeprefix("ssd_core::")
 

@@ -5,5 +5,5 @@ import sys
 
 import pytest
 
-sys.path.insert(0, os.path.dirname(__file__))
+sys.path.append(os.path.dirname(__file__))
 pytest.register_assert_rewrite("suite")

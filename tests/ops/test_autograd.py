@@ -106,13 +106,10 @@ def test_create_graph_says_what_is_not_supported(reduction):
 # -- scaling ----------------------------------------------------------------------------------------------------------
 
 
-@every(lambda op: op.reduced)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:])
+@every(lambda op: op.reduced, dtypes=True)
 def test_as_data_parallel_training_scales(op, backend, dtype):
     """Two ranks of different token counts: each loss over the global count, times the number of ranks, gradients
     averaged, give the gradients of one rank (unsloth-zoo #434)."""
-    if str(dtype)[6:] not in dict_of_dtypes(op, backend):
-        pytest.skip("not in this backend")
     *head, target = op.draw(n=40, v=301, dtype=dtype)(0)
     whole = gradients(op.call(*head, target, backend=backend), head)
     count = denominator(target)
@@ -125,12 +122,6 @@ def test_as_data_parallel_training_scales(op, backend, dtype):
             total_grad[place] += grad.double() / 2
     for ours, expected in zip(sums, whole, strict=True):
         assert error(ours, expected) <= 2 * torch.finfo(dtype).eps
-
-
-def dict_of_dtypes(op, backend):
-    from ssd_core.backends import BACKENDS
-
-    return next(record.dtypes for record in BACKENDS if (record.op, record.name) == (op.name, backend))
 
 
 def narrowed(target, part):

@@ -58,9 +58,11 @@ def same(found, true):
 @each_case
 @pytest.mark.parametrize(("kind", "divergence", "beta", "tail"), MEASURES)
 def test_every_measure(backend, dtype, kind, divergence, beta, tail):
-    """At a temperature, with its square; sparse teachers leave a fifth of their mass to the tail."""
+    """At a temperature, with its square; sparse teachers leave a fifth of their mass to the tail. Few rows of d_weight
+    meet a support: their quantiles need more problems."""
+    seeds = pool(dtype) * (2 if tail == "support" else 1)
     check_op(OP, backend, dtype, taught(kind, dtype), divergence=divergence, beta=beta, tail=tail, temperature=1.5,
-             temperature_squared=True, reduction="none", upstream=upstream_of(OP, 131, 601), seeds=pool(dtype))
+             temperature_squared=True, reduction="none", upstream=upstream_of(OP, 131, 601), seeds=seeds)
 
 
 @each_backend
@@ -161,8 +163,8 @@ def test_repeated_ids_are_added_up(backend, tail):
 
 @each_case
 @pytest.mark.parametrize(("divergence", "tail", "total"), [
-    ("forward_kl", "bucket", 0.3), ("jsd", "bucket", 0.3), ("forward_kl", "support", 0.3), ("reverse_kl", "support", 1.0),
-    ("jsd", "support", 1.0)])
+    ("forward_kl", "bucket", 0.3), ("jsd", "bucket", 0.3), ("forward_kl", "support", 0.3),
+    ("reverse_kl", "support", 1.0), ("jsd", "support", 1.0)])
 def test_mass_of_the_support(backend, dtype, divergence, tail, total):
     draw = taught("sparse", dtype, total=total)
     check_op(OP, backend, dtype, draw, divergence=divergence, tail=tail, seeds=pool(dtype))
@@ -246,7 +248,7 @@ def test_vocabularies_of_different_size(backend, dtype, kind, more, divergence, 
     check_op(OP, backend, dtype, draw, divergence=divergence, seeds=pool(dtype))
     with planned(monkeypatch, OP.name, 17, 50, 97):
         once = torch.finfo(dtype).eps / 2 / 3**0.5 if dtype.itemsize == 2 else 0.0
-        check_op(OP, backend, dtype, draw, divergence=divergence, seeds=pool(dtype), extra=once)
+        check_op(OP, backend, dtype, draw, divergence=divergence, seeds=2, extra=once)
 
 
 @each_backend

@@ -1,0 +1,254 @@
+"""From a byte budget to chunks; and a vocabulary that fits no row: right, and in memory that does not depend on V.
+
+The memory probes run this file as a script.
+"""
+
+import ctypes
+import dataclasses
+import gc
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ssd_core import SparseTarget, TeacherHidden, linear_cross_entropy, linear_distill, linear_logprob
+from ssd_core import plan as plans
+from ssd_core.chunked.logits import block_elements
+from ssd_core.plan import MIB, Demand, plan_chunks
+
+MILLION = 1 << 20
+BUDGET = 8 * MIB
+
+
+# -- problems and calls that the probe and the tests share ------------------------------------------------------------
+
+
+def problem(n, d, v, dtype=torch.float32):
+    g = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=g).to(dtype)
+
+    y = torch.randint(v, (n,), generator=g)
+    ids = torch.randint(v, (n, 4), generator=g)
+    probs = torch.rand(n, 4, generator=g) / 4
+    return {"x": random(n, d), "w": random(v, d), "b": random(v), "y": y, "ids": ids, "probs": probs,
+            "states": random(n, d), "class_weight": torch.rand(v, generator=g) + 0.1}
+
+
+def hidden(t):
+    return TeacherHidden(t["states"], t["w"].detach(), t["b"].detach())
+
+
+CALLS = {
+    "hard": lambda t, **options: linear_cross_entropy(t["x"], t["w"], t["y"], linear_bias=t["b"], **options),
+    "weights": lambda t, **options: linear_cross_entropy(
+        t["x"], t["w"], t["y"], linear_bias=t["b"], label_smoothing=0.1, weight=t["class_weight"], softcap=4.0,
+        **options),
+    "bucket": lambda t, **options: linear_cross_entropy(
+        t["x"], t["w"], SparseTarget(t["ids"], t["probs"]), linear_bias=t["b"], tail="bucket", **options),
+    "none": lambda t, **options: linear_cross_entropy(
+        t["x"], t["w"], t["y"], linear_bias=t["b"], reduction="none", **options).sum(),
+    "filter": lambda t, **options: linear_cross_entropy(
+        t["x"], t["w"], t["y"], linear_bias=t["b"], grad_filter=0.1, **options),
+    "distill, sparse": lambda t, **options: linear_distill(
+        t["x"], t["w"], SparseTarget(t["ids"], t["probs"]), linear_bias=t["b"], divergence="reverse_kl", **options),
+    "distill, hidden": lambda t, **options: linear_distill(
+        t["x"], t["w"], hidden(t), linear_bias=t["b"], divergence="jsd", target=t["y"], ce_weight=0.3, **options),
+    "logprob": lambda t, **options: sum(
+        value.mean() for value in linear_logprob(t["x"], t["w"], t["y"], linear_bias=t["b"], **options)[:2]),
+}
+
+
+def probe(name, n, d, v, dtype, workspace, backend, frozen):
+    """Peak resident bytes of the second call beyond what was there and what it returns. Linux only."""
+    torch.set_num_threads(1)
+    t = problem(n, d, v, getattr(torch, dtype))
+    t["x"].requires_grad_()
+    t["w"].requires_grad_(not frozen)
+    leaves = [t["x"]] if frozen else [t["x"], t["w"]]
+
+    def step():
+        return torch.autograd.grad(CALLS[name](t, workspace_bytes=workspace, backend=backend), leaves)
+
+    step()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")       # resets the peak
+    before = resident("VmRSS")
+    grads = step()
+    return resident("VmHWM") - before - sum(grad.numel() * grad.element_size() for grad in grads)
+
+
+def resident(field):
+    return 1024 * int(re.search(rf"^{field}:\s+(\d+)", Path("/proc/self/status").read_text(), re.M)[1])
+
+
+# -- plans ------------------------------------------------------------------------------------------------------------
+
+
+def taken(demand, plan, workspace):
+    """Bytes that a plan needs, by the parts that ``Demand`` counts."""
+    product = 0
+    if demand.dtype.itemsize == 2 or demand.cast:
+        product = plan.columns * demand.hidden * (demand.dtype.itemsize + (4 if demand.cast else 0))
+    return demand.fixed() + product + demand.row_pass(plan.tile) + plan.rows * demand.row(plan.tile)
+
+
+demands = st.builds(
+    Demand, tokens=st.sampled_from([0, 1, 2, 37, 2048, 32768]), hidden=st.sampled_from([1, 64, 576, 4096]),
+    vocab=st.sampled_from([1, 7, 600, 49152, 262144, MILLION]), support=st.sampled_from([1, 20]),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    device=st.sampled_from([torch.device("cpu"), torch.device("cuda")]), gathered=st.booleans(), cast=st.booleans(),
+    logits=st.sampled_from([1, 2]), buffers=st.sampled_from([5, 6, 10]), passes=st.sampled_from([1, 2]),
+    wide_input=st.booleans(), filtered=st.booleans())
+
+
+@settings(max_examples=500, deadline=None, derandomize=True)
+@given(demands, st.sampled_from([None, 1000, 4 * MIB, 8 * MIB, 64 * MIB, 128 * MIB, 512 * MIB, 4096 * MIB]))
+def test_plans_keep_to_the_budget_or_say_what_is_needed(demand, workspace):
+    budget = workspace or plans.DEFAULT_WORKSPACE.get(demand.device.type, plans.ACCELERATOR_WORKSPACE)
+    try:
+        plan = plan_chunks(demand, workspace)
+    except ValueError as refusal:
+        least = int(re.search(r"expected at least (\d+) for ", str(refusal))[1])
+        assert str(refusal).endswith(f"got {budget}") and least > budget
+        return
+    assert 1 <= plan.rows <= max(1, demand.tokens)
+    assert 1 <= plan.tile <= demand.vocab and 1 <= plan.columns <= demand.vocab
+    if demand.filtered:
+        assert plan.tile == demand.vocab
+    if demand.tokens:
+        assert taken(demand, plan, budget) <= budget
+
+
+SMALL = Demand(tokens=2048, hidden=64, vocab=49152, support=1, dtype=torch.float32, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("demand", [
+    SMALL, Demand(2048, 64, MILLION, 1, torch.float32, torch.device("cpu"), filtered=True),
+    Demand(2048, 64, MILLION, 1, torch.float64, torch.device("cpu"), logits=2)])
+def test_the_least_workspace_of_a_refusal_is_enough(demand):
+    with pytest.raises(ValueError, match=r"workspace_bytes: expected at least \d+ for") as refusal:
+        plan_chunks(demand, 1000)
+    least = int(re.search(r"at least (\d+)", str(refusal.value))[1])
+    plan = plan_chunks(demand, least)
+    assert plan.rows == 1 and taken(demand, plan, least) <= least
+    with pytest.raises(ValueError, match="workspace_bytes"):
+        plan_chunks(demand, least - 1)
+
+
+def test_whole_rows_while_they_are_many_and_tiles_when_they_are_few():
+    """Adding up d_weight costs a pass over it for each chunk; computing logits again costs a product."""
+    assert plan_chunks(SMALL, 1 << 40) == plans.ChunkPlan(2048, 49152, 49152)      # all at once
+    many, few = plan_chunks(SMALL, 64 * MIB), plan_chunks(SMALL, 8 * MIB)
+    assert many.tile == 49152 and many.rows > 4 * plans.BALANCE[4][0]
+    assert few.tile < 49152 and few.rows > 100
+    # 24 whole rows would fit; where logits are looked at so often they are cheaper than tiles
+    assert plan_chunks(dataclasses.replace(SMALL, passes=12), 8 * MIB) == plans.ChunkPlan(24, 49152, 49152)
+    # an accelerator's products are cheaper next to its memory: it computes logits again where a CPU does not
+    wide = dataclasses.replace(SMALL, tokens=8192)
+    accelerated = dataclasses.replace(wide, device=torch.device("cuda"))
+    assert plan_chunks(wide, 128 * MIB).tile == 49152 > plan_chunks(accelerated, 128 * MIB).tile
+
+
+def test_defaults_by_device():
+    cpu, cuda = (plan_chunks(Demand(10**6, 64, 49152, 1, torch.float32, torch.device(kind)), None)
+                 for kind in ("cpu", "cuda"))
+    assert cpu == plan_chunks(Demand(10**6, 64, 49152, 1, torch.float32, torch.device("cpu")), 64 * MIB)
+    assert cuda.rows * cuda.tile > 4 * cpu.rows * cpu.tile
+
+
+def test_a_tile_that_is_wider_than_a_block_is_counted():
+    """A block of the row pass is a row at least, however wide."""
+    demand = Demand(1, 8, MILLION, 1, torch.float32, torch.device("cpu"))
+    for workspace in (6 * MIB, 12 * MIB, 24 * MIB, 40 * MIB):
+        plan = plan_chunks(demand, workspace)
+        assert taken(demand, plan, workspace) <= workspace
+    assert plan_chunks(demand, 6 * MIB).tile > block_elements(demand.device)
+    assert plan_chunks(demand, 40 * MIB).tile == MILLION
+
+
+# -- right ------------------------------------------------------------------------------------------------------------
+
+
+def error(found, true):
+    return ((found.double() - true).norm() / true.norm()).item()
+
+
+@pytest.mark.parametrize(("name", "backend"), [
+    *((name, "torch") for name in CALLS if name != "filter"),
+    *((name, "cpu") for name in ("hard", "weights", "bucket", "none"))])
+def test_a_million_ids_in_8_mib(name, backend, monkeypatch):
+    """A row of float32 logits is half of the budget and a block of the row pass three times all of it."""
+    made = []
+
+    def planning(*given):
+        made.append(plan_chunks(*given))
+        return made[-1]
+
+    for op in ("cross_entropy", "distill", "logprob"):
+        monkeypatch.setattr(f"ssd_core.ops.linear_{op}.plan_chunks", planning)
+    t = problem(5, 6, MILLION)
+    wide = {key: value.double().requires_grad_() if key in "xwb" else value for key, value in t.items()}
+    wide["states"] = t["states"].double()
+    true = CALLS[name](wide, backend="reference")
+    expected = torch.autograd.grad(true, (wide["x"], wide["w"], wide["b"]))
+    leaves = [t[key].requires_grad_() for key in "xwb"]
+    loss = CALLS[name](t, workspace_bytes=BUDGET, backend=backend)
+    assert made and all(plan.tile < MILLION for plan in made)
+    assert error(loss.detach(), true.detach()) < 1e-6
+    for grad, reference in zip(torch.autograd.grad(loss, leaves), expected, strict=True):
+        assert error(grad, reference) < 2e-6
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
+
+
+def measured(*arguments):
+    """``probe`` in a process of its own that gives freed memory back at once."""
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536",
+                   "MALLOC_ARENA_MAX": "2", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-P", __file__, json.dumps(arguments)], env=environment,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout.splitlines()[-1])
+
+
+every_call = [pytest.param(name, marks=[] if name == "hard" else pytest.mark.all) for name in CALLS if name != "filter"]
+
+
+@linux
+@pytest.mark.parametrize("name", every_call)
+def test_memory_does_not_depend_on_the_vocabulary(name):
+    """Forward and d_input with a frozen head: 131,072 and 1,048,576 ids need the same, and keep to the budget."""
+    small, large = (measured(name, 48, 8, v, "float32", BUDGET, "torch", True) for v in (MILLION // 8, MILLION))
+    assert BUDGET / 3 < small <= BUDGET and BUDGET / 3 < large <= BUDGET
+    assert abs(large - small) < MIB
+
+
+@linux
+@pytest.mark.all
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("mebibytes", [24, 64])
+@pytest.mark.parametrize("name", CALLS)
+def test_the_workspace_is_kept(name, mebibytes, dtype, frozen):
+    """By the filter and a teacher's head, too. Several chunks of 16-bit numbers add up d_weight in float32."""
+    v, d = 24000, 64
+    extra = measured(name, 1500, d, v, dtype, mebibytes * MIB, "torch", frozen)
+    accumulator = v * d * 4 if dtype == "bfloat16" and not frozen else 0
+    assert mebibytes * MIB / 3 < extra <= mebibytes * MIB + accumulator
+
+
+if __name__ == "__main__":
+    print(probe(*json.loads(sys.argv[1])))
