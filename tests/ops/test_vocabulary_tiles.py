@@ -151,8 +151,8 @@ def test_whole_rows_while_they_are_many_and_tiles_when_they_are_few():
     many, few = plan_chunks(SMALL, 64 * MIB), plan_chunks(SMALL, 8 * MIB)
     assert many.tile == 49152 and many.rows > 4 * plans.BALANCE[4][0]
     assert few.tile < 49152 and few.rows > 100
-    # 24 whole rows would fit; where logits are looked at so often they are cheaper than tiles
-    assert plan_chunks(dataclasses.replace(SMALL, passes=12), 8 * MIB) == plans.ChunkPlan(24, 49152, 49152)
+    # 26 whole rows would fit; where logits are looked at so often they are cheaper than tiles
+    assert plan_chunks(dataclasses.replace(SMALL, passes=12), 8 * MIB) == plans.ChunkPlan(26, 49152, 49152)
     # an accelerator's products are cheaper next to its memory: it computes logits again where a CPU does not
     wide = dataclasses.replace(SMALL, tokens=8192)
     accelerated = dataclasses.replace(wide, device=torch.device("cuda"))
@@ -197,16 +197,17 @@ def test_a_million_ids_in_8_mib(name, backend, monkeypatch):
     for op in ("cross_entropy", "distill", "logprob"):
         monkeypatch.setattr(f"ssd_core.ops.linear_{op}.plan_chunks", planning)
     t = problem(5, 6, MILLION)
-    wide = {key: value.double().requires_grad_() if key in "xwb" else value for key, value in t.items()}
-    wide["states"] = t["states"].double()
-    true = CALLS[name](wide, backend="reference")
-    expected = torch.autograd.grad(true, (wide["x"], wide["w"], wide["b"]))
     leaves = [t[key].requires_grad_() for key in "xwb"]
+    wide = {key: value.detach().double() if value.is_floating_point() else value for key, value in t.items()}
+    wide_leaves = [wide[key].requires_grad_() for key in "xwb"]
+    true, plain = CALLS[name](wide, backend="reference"), CALLS[name](t, backend="reference")
+    expected, unfused = torch.autograd.grad(true, wide_leaves), torch.autograd.grad(plain, leaves)
+    made.clear()
     loss = CALLS[name](t, workspace_bytes=BUDGET, backend=backend)
-    assert made and all(plan.tile < MILLION for plan in made)
     assert error(loss.detach(), true.detach()) < 1e-6
-    for grad, reference in zip(torch.autograd.grad(loss, leaves), expected, strict=True):
-        assert error(grad, reference) < 2e-6
+    for grad, reference, eager in zip(torch.autograd.grad(loss, leaves), expected, unfused, strict=True):
+        assert error(grad, reference) < max(2e-6, 1.1 * error(eager, reference))
+    assert made and all(plan.tile < MILLION / 4 for plan in made)
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------
