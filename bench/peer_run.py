@@ -145,8 +145,8 @@ def train_ours(job):
 
 
 def train_hf(job):
-    """transformers' Trainer, the model's own loss. Without autocast the optimizer works on the 16-bit weights and loses
-    most of small steps; ours keeps float32 masters."""
+    """transformers' Trainer, the model's own loss. Without autocast the optimizer works on the 16-bit weights and
+    rounds small steps away; ours keeps float32 masters."""
     import torch
     from transformers import Trainer, TrainerCallback, TrainingArguments
 

@@ -9,7 +9,7 @@ import torch
 
 from ssd_core.checks import expect
 from ssd_core.chunked.grad_filter import TILE
-from ssd_core.chunked.logits import block_elements
+from ssd_core.chunked.logits import block_elements, wide_dtype
 
 MIB = 1 << 20
 DEFAULT_WORKSPACE = {"cpu": 64 * MIB}  # bytes, by device type
@@ -65,7 +65,7 @@ class Demand:
         return tile * itemsize * self.logits + self.support * 20 + vectors * self.hidden * itemsize + filtered
 
     def row_pass(self, tile: int) -> int:
-        return self.buffers * max(tile, block_elements(self.device)) * 4
+        return self.buffers * max(tile * wide_dtype(self.dtype).itemsize, block_elements(self.device) * 4)
 
 
 def plan_chunks(demand: Demand, workspace_bytes: int | None) -> ChunkPlan:
@@ -104,7 +104,7 @@ def plan_chunks(demand: Demand, workspace_bytes: int | None) -> ChunkPlan:
 def _square(demand: Demand, free: int) -> tuple[int, int]:
     """Rows and columns of tiles, about as many of one as of the other."""
     rows = min(demand.tokens, math.isqrt(max(0, free) // (demand.dtype.itemsize * demand.logits)))
-    block = block_elements(demand.device)
+    block = block_elements(demand.device) * 4 // wide_dtype(demand.dtype).itemsize
     while rows >= 1:
         left, column = free - rows * demand.row(0), rows * demand.dtype.itemsize * demand.logits
         tile = (left - demand.row_pass(1)) // column

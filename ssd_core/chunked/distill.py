@@ -192,7 +192,7 @@ class DenseDistillRows(_DistillRows):
     """
 
     passes = 2
-    buffers = 10
+    buffers = 12
 
     def __init__(self, teacher, ce, row_scale, measure, *, count: int, reported: float, wide, device):
         super().__init__(ce, row_scale, measure, count, wide=wide, device=device)

@@ -160,7 +160,7 @@ class _Skipped:
         mean_rows = torch.stack([
             self._shape(t, columns) @ self.head.weight[columns].to(self.row_mass.dtype)
             for t, columns in enumerate(tiles)])
-        for part in blocks(len(self.row_mass), mean_rows.shape[1], mean_rows.device):
+        for part in blocks(len(self.row_mass), mean_rows.shape[1], mean_rows):
             yield part, self.row_mass[part] @ mean_rows
 
     def of_weight(self, tiles):
@@ -177,6 +177,6 @@ def default_order(head, rows, temperature: float, chunks) -> torch.Tensor:
         part = slice(start, min(start + chunks.rows, count))
         x = head.input[part if rows is None else rows[part]].to(head.dtype)
         u = head.outputs(x, everything, x.new_empty(len(x), len(head.weight)))
-        for block in blocks(len(x), len(head.weight), x.device):
+        for block in blocks(len(x), len(head.weight), x):
             total += (head.logits(u[block], everything) / temperature).softmax(-1).sum(0)
     return total.argsort(descending=True, stable=True)

@@ -118,7 +118,7 @@ class _Chunk:
         return u
 
     def blocks(self, tile: slice):
-        return blocks(len(self.x), tile.stop - tile.start, self.x.device)
+        return blocks(len(self.x), tile.stop - tile.start, self.x)
 
     def in_cache(self, tile: slice, scaled: bool) -> None:
         """All of the row pass on a few rows at a time, while they are in cache."""

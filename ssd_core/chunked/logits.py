@@ -17,9 +17,10 @@ def block_elements(device: torch.device) -> int:
     return 1 << 17 if device.type == "cpu" else 1 << 22
 
 
-def blocks(count: int, columns: int, device: torch.device):
-    """Slices of ``count`` rows, each of about ``block_elements`` logits."""
-    step = max(1, block_elements(device) // max(1, columns))
+def blocks(count: int, columns: int, like: torch.Tensor):
+    """Slices of ``count`` rows, each of about ``block_elements`` logits; of half as many in float64."""
+    elements = block_elements(like.device) * 4 // wide_dtype(like.dtype).itemsize
+    step = max(1, elements // max(1, columns))
     for start in range(0, count, step):
         yield slice(start, min(start + step, count))
 
@@ -121,7 +122,7 @@ def run(logits, make_pass, rows, *, scaled: bool, scale: float = 1.0, softcap: f
     grad = torch.zeros_like(logits, memory_format=torch.contiguous_format) if scaled else None
     results = [make_pass(slice(0, 0), slice(0, 0)).results] if count == 0 else []
     everything = slice(0, max(logits.shape[1], extent))
-    for part in blocks(count, logits.shape[1], logits.device):
+    for part in blocks(count, logits.shape[1], logits):
         index = part if rows is None else rows[part]
         c = capped(logits[index], None, scale, softcap)
         row_pass = make_pass(index, part)

@@ -10,7 +10,7 @@ from ssd_core.chunked.logits import blocks, wide_dtype
 def softmax(logits, *, temperature: float, log: bool = False):
     """Of ``logits / temperature`` (N, V) along the last axis, rounded once to their dtype."""
     out = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    for block in blocks(*logits.shape, logits.device):
+    for block in blocks(*logits.shape, logits):
         z = _tempered(logits[block], temperature)
         if log:
             out[block] = torch.log_softmax(z, -1)
@@ -25,7 +25,7 @@ def softmax_backward(grad, out, *, temperature: float, log: bool = False):
     """d logits (N, V) from ``grad`` with respect to ``out``: p (g - sum(g p)) / temperature, or of the logarithm
     (g - p sum(g)) / temperature."""
     d_logits = torch.empty_like(out)
-    for block in blocks(*out.shape, out.device):
+    for block in blocks(*out.shape, out):
         g, p = grad[block].to(wide_dtype(out.dtype)), out[block].to(wide_dtype(out.dtype))
         if log:
             d = g - p.exp() * g.sum(-1, keepdim=True)

@@ -85,7 +85,7 @@ def _linear_distill(
         len(input) if rows is None else len(rows), input.shape[1],
         groups.largest(max(len(linear_weight), wide), input.device, group), 0 if ids is None else 2 * ids.shape[1],
         dtype, input.device, gathered=rows is not None, cast=linear_weight.dtype != dtype,
-        logits=1 if teacher_input is None else 2, buffers=10, passes=1 if ids is not None else 2,
+        logits=1 if teacher_input is None else 2, buffers=12 if ids is None else 10, passes=2 if ids is None else 1,
         wide_input=bool(process_group))
     with tokens.without_autocast(input.device):
         *results, d_input, d_weight, d_bias = function(

@@ -233,7 +233,7 @@ def test_transformers_runs_of_a_tiny_model(model_folder, prompts, tmp_path, monk
     result = json.loads(out.read_text())["runs"]
     assert [(run["peer"], run.get("reason")) for run in result] == [
         (name, None)
-        for name in ("HF generate", "HF generate_batch", "HF Trainer, autocast", "HF Trainer, no master weights")]
+        for name in ("HF generate", "HF generate_batch", "HF Trainer (autocast)", "HF Trainer (no master weights)")]
     assert [one["tokens"] for run in result for one in run["measured"]] == [10, 30, 10, 30, 64, 64]
 
 
