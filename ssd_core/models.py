@@ -114,12 +114,17 @@ def head(model) -> Head:
     layer = model.get_output_embeddings()
     if layer is None or body(model) is model:
         raise UsageError(f"model: expected a causal language model of transformers, got {type(model).__name__}")
+    # an adapter on the head: a fresh one changes no logits, and would get no gradient
+    own = layer.weight, getattr(layer, "bias", None)
+    others = [name for name, parameter in layer.named_parameters() if all(parameter is not t for t in own)]
+    if others:
+        raise UsageError(
+            f"model: expected a head of a weight and a bias, got one with {', '.join(others)} too: merge it first")
     config = model.config.get_text_config()
     logit_scale = getattr(config, "logit_scale", None) or 1.0                  # Cohere
     if getattr(config, "logits_scaling", None):                                # Granite
         logit_scale = logit_scale / config.logits_scaling
-    found = Head(layer.weight, getattr(layer, "bias", None), logit_scale,
-                 getattr(config, "final_logit_softcapping", None))             # Gemma 2
+    found = Head(*own, logit_scale, getattr(config, "final_logit_softcapping", None))      # Gemma 2
     _check_head(model, found)
     return found
 

@@ -41,7 +41,7 @@ class Demand:
     gathered: bool = False      # rows are dropped
     cast: bool = False          # the weight has another dtype
     logits: int = 1             # (rows, vocabulary) buffers: the student's, and a teacher's that is computed
-    buffers: int = 6            # float32 blocks of a row pass
+    buffers: int = 6            # float32 blocks that a row pass holds at once, measured
     passes: int = 1             # looks at all logits before the gradient
     wide_input: bool = False    # d_input is added up in float32
     filtered: bool = False      # by the gradient filter, which needs all columns

@@ -21,7 +21,6 @@ class CrossEntropyRows:
     """
 
     passes = 1
-    buffers = 6         # that a block of logits needs at most, itself included, in float32
     sizes = 3           # of the results: loss, nll, lse
 
     def __init__(

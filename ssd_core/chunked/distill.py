@@ -109,7 +109,6 @@ class SparseDistillRows(_DistillRows):
     """
 
     passes = 1
-    buffers = 8
 
     def __init__(self, ids, probs, ce, row_scale, measure, *, tail: str, reported: float, wide):
         super().__init__(ce, row_scale, measure, len(ids), wide=wide, device=ids.device)
@@ -192,7 +191,6 @@ class DenseDistillRows(_DistillRows):
     """
 
     passes = 2
-    buffers = 12
 
     def __init__(self, teacher, ce, row_scale, measure, *, count: int, reported: float, wide, device):
         super().__init__(ce, row_scale, measure, count, wide=wide, device=device)

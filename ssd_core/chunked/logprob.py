@@ -15,7 +15,6 @@ class LogprobRows:
     """
 
     passes = 1
-    buffers = 5     # that a block of logits needs at most, itself included, in float32
     sizes = 4       # of the results: logprob, entropy, lse, argmax
 
     def __init__(self, ids, row_scale, *, wide, temperature=1.0):

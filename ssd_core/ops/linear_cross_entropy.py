@@ -77,7 +77,7 @@ def _linear_cross_entropy(
         len(input) if rows is None else len(rows), input.shape[1],
         groups.largest(len(linear_weight), input.device, group), ids.shape[1], dtype, input.device,
         gathered=rows is not None, cast=linear_weight.dtype != dtype, wide_input=bool(process_group or any(filters)),
-        filtered=any(filters))
+        buffers=6 + (bucket or dense is not None) + (Options(*options).temperature != 1), filtered=any(filters))
     with tokens.without_autocast(input.device):
         *results, certificate, d_input, d_weight, d_bias = function(
             input, linear_weight, linear_bias, ids, probs, dense, rows, class_weight=class_weight,

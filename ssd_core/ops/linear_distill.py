@@ -81,12 +81,14 @@ def _linear_distill(
         "linear_distill", input.device, dtype, backend, ["process_group"] if process_group else [])
     wide = next((len(t) if t is teacher_weight else t.shape[1] for t in (teacher_logits, teacher_weight)
                  if t is not None), 0)
+    numbers = Options(*options)
     demand = Demand(
         len(input) if rows is None else len(rows), input.shape[1],
         groups.largest(max(len(linear_weight), wide), input.device, group), 0 if ids is None else 2 * ids.shape[1],
         dtype, input.device, gathered=rows is not None, cast=linear_weight.dtype != dtype,
-        logits=1 if teacher_input is None else 2, buffers=12 if ids is None else 10, passes=2 if ids is None else 1,
-        wide_input=bool(process_group))
+        logits=1 if teacher_input is None else 2, passes=2 if ids is None else 1,
+        wide_input=bool(process_group), buffers=10 if ids is not None else (
+            11 + (numbers.temperature != 1) + (numbers.softcap + numbers.teacher_softcap > 0)))
     with tokens.without_autocast(input.device):
         *results, d_input, d_weight, d_bias = function(
             input, linear_weight, linear_bias, ids, probs, teacher_logits, teacher_input, teacher_weight, teacher_bias,
@@ -94,7 +96,7 @@ def _linear_distill(
             row_scale=row_scale if row_scale is None or rows is None else row_scale[rows], needs=needs,
             chunks=plan_chunks(demand, workspace_bytes), keep_float32=input.dtype == torch.float16, dtype=dtype,
             group=group, vocab=vocab, vocab_start=vocab_start, divergence=divergence, tail=tail,
-            temperature_squared=temperature_squared, with_ce=with_ce, **Options(*options)._asdict())
+            temperature_squared=temperature_squared, with_ce=with_ce, **numbers._asdict())
     loss, value, nll, lse = (tokens.spread(values, rows, len(input)) for values in results)
     total = loss.new_zeros(()) if row_scale is None else (loss * row_scale).sum()
     return total, loss, value, nll, lse, *autograd.present(input, d_input, d_weight, d_bias)

@@ -50,7 +50,8 @@ def _linear_logprob(
     demand = Demand(
         len(input) if rows is None else len(rows), input.shape[1],
         groups.largest(len(linear_weight), input.device, group), 1, dtype, input.device, gathered=rows is not None,
-        cast=linear_weight.dtype != dtype, wide_input=bool(process_group))
+        cast=linear_weight.dtype != dtype, buffers=6 + (temperature != 1) + (softcap > 0),
+        wide_input=bool(process_group))
     with tokens.without_autocast(input.device):
         *results, d_input, d_weight, d_bias = function(
             input, linear_weight, linear_bias, ids, rows,

@@ -4,6 +4,7 @@ All cases run in one set of processes, each this file as a script.
 """
 
 import datetime
+import importlib
 import subprocess
 import sys
 from collections import namedtuple
@@ -13,13 +14,15 @@ import torch
 
 from ssd_core import SparseTarget, TeacherHidden, TeacherLogits, linear_cross_entropy, linear_distill, linear_logprob
 from ssd_core.chunked import grad_filter, groups
+from ssd_core.chunked.logits import block_elements
+from ssd_core.plan import plan_chunks
 
 N, D, V = 37, 16, 700
 SHARDS = {2: (257, 443), 4: (1, 299, 120, 280)}
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 ROUNDING = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2e-6}
 DELTA = 0.2
-SMALL = 3_300_000       # bytes: chunks of a few rows, or tiles of the vocabulary
+BLOCK = 4 * block_elements(torch.device("cpu"))     # bytes that a buffer of a row pass has at least
 CLASS_WEIGHT = torch.rand(V, generator=torch.Generator().manual_seed(5)) + 0.1
 UPSTREAM = torch.linspace(-2, 3, N)
 
@@ -96,7 +99,8 @@ def logprobs(x, w, given, own, shared, **options):
 CASES = {
     "hard": losses(),
     "hard, none": losses(reduction="none"),
-    "hard, sum, small": losses(reduction="sum", workspace_bytes=SMALL),
+    "hard, few rows": losses(reduction="sum", workspace_bytes=6 * BLOCK + 50_000),
+    "hard, tiles": losses(reduction="none", workspace_bytes=6 * BLOCK + 25_000),
     "sparse": losses(target="sparse"),
     "sparse, renormalised": losses(target="sparse", tail="renormalise"),
     "sparse, bucket": losses(target="sparse", tail="bucket", temperature=1.4, reduction="none"),
@@ -113,9 +117,11 @@ CASES = {
     **{f"{teacher} with cross-entropy": distillation(
         teacher, ce_weight=0.4, label_smoothing=0.1, z_loss=0.01, weighted=True, temperature=0.7)
        for teacher in ("sparse", "logits", "hidden")},
-    "hidden, small": distillation("hidden", divergence="jsd", workspace_bytes=2 * SMALL),
+    "hidden, few rows": distillation("hidden", divergence="jsd", workspace_bytes=12 * BLOCK + 80_000),
+    "hidden, tiles": distillation("hidden", divergence="jsd", workspace_bytes=12 * BLOCK + 30_000),
     "logprob": logprobs,
-    "logprob, small": lambda *arguments: logprobs(*arguments, workspace_bytes=SMALL),
+    "logprob, few rows": lambda *arguments: logprobs(*arguments, workspace_bytes=8 * BLOCK + 50_000),
+    "logprob, tiles": lambda *arguments: logprobs(*arguments, workspace_bytes=8 * BLOCK + 25_000),
 }
 # what is asked for, and how it is filtered
 FILTERED = {
@@ -152,13 +158,23 @@ def worker(rank, world, folder):
             summed.add(tensor.dtype)
         return reduce(tensor, how, group)
 
+    plans = []
+
+    def planning(*arguments):
+        plans.append(plan_chunks(*arguments))
+        return plans[-1]
+
     groups.all_reduce = recording
+    for op in ("cross_entropy", "distill", "logprob"):
+        importlib.import_module(f"ssd_core.ops.linear_{op}").plan_chunks = planning
     for dtype in DTYPES:
         given = problem(dtype)
         for name, case in CASES.items():
             summed.clear()
+            plans.clear()
             found[name, dtype] = run(case, given, shard)
             found["summed", name, dtype] = set(summed)
+            found["plans", name, dtype] = [(plan.rows, plan.tile) for plan in plans]
     found["ties"] = [ties({"first": first}, shard) for first in (False, True)]
     found |= filtered(shard)
     found["refused"] = refused(shard)
@@ -243,6 +259,16 @@ def test_equal_to_one_rank(ranks, name, dtype):
         # the ranks' parts of d_input are rounded, each once, before they are added up
         parts = torch.finfo(dtype).eps / 2 if dtype.itemsize == 2 else 0
         assert error(ours, expected) <= 1.1 * (error(one, expected) ** 2 + parts**2) ** 0.5 + ROUNDING[dtype]
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "rows" in name or "tiles" in name])
+def test_chunks_are_those_of_the_largest_shard(ranks, name):
+    """On all ranks, or reductions would not meet; several chunks in some dtype, or this shows nothing."""
+    plans = [[rank["plans", name, dtype] for dtype in DTYPES] for rank in ranks]
+    assert all(rank == plans[0] for rank in plans)
+    count, largest = (problem(torch.float32)["y"] != -100).sum(), max(SHARDS[len(ranks)])
+    place, whole = (1, largest) if "tiles" in name else (0, N if "hidden" in name else count)
+    assert any(plan[place] < whole for dtype in plans[0] for plan in dtype)
 
 
 def test_of_ties_the_lowest_id_on_any_rank(ranks):

@@ -53,7 +53,11 @@ CALLS = {
         t["x"], t["w"], t["y"], linear_bias=t["b"], label_smoothing=0.1, weight=t["class_weight"], softcap=4.0,
         **options),
     "bucket": lambda t, **options: linear_cross_entropy(
-        t["x"], t["w"], SparseTarget(t["ids"], t["probs"]), linear_bias=t["b"], tail="bucket", **options),
+        t["x"], t["w"], SparseTarget(t["ids"], t["probs"]), linear_bias=t["b"], tail="bucket", softcap=5.0,
+        temperature=1.5, label_smoothing=0.1, **options),
+    "probabilities": lambda t, **options: linear_cross_entropy(
+        t["x"], t["w"], t["x"].new_full((len(t["x"]), 1), 1 / len(t["w"])).expand(-1, len(t["w"])), linear_bias=t["b"],
+        label_smoothing=0.1, weight=t["class_weight"], softcap=5.0, temperature=1.5, **options),
     "none": lambda t, **options: linear_cross_entropy(
         t["x"], t["w"], t["y"], linear_bias=t["b"], reduction="none", **options).sum(),
     "filter": lambda t, **options: linear_cross_entropy(
@@ -61,9 +65,11 @@ CALLS = {
     "distill, sparse": lambda t, **options: linear_distill(
         t["x"], t["w"], SparseTarget(t["ids"], t["probs"]), linear_bias=t["b"], divergence="reverse_kl", **options),
     "distill, hidden": lambda t, **options: linear_distill(
-        t["x"], t["w"], hidden(t), linear_bias=t["b"], divergence="jsd", target=t["y"], ce_weight=0.3, **options),
+        t["x"], t["w"], hidden(t), linear_bias=t["b"], divergence="jsd", temperature=1.5, softcap=5.0,
+        target=t["y"], ce_weight=0.3, weight=t["class_weight"], label_smoothing=0.1, **options),
     "logprob": lambda t, **options: sum(
-        value.mean() for value in linear_logprob(t["x"], t["w"], t["y"], linear_bias=t["b"], **options)[:2]),
+        value.mean() for value in linear_logprob(
+            t["x"], t["w"], t["y"], linear_bias=t["b"], temperature=1.5, softcap=5.0, **options)[:2]),
 }
 
 
