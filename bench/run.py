@@ -19,6 +19,7 @@ from ssd_core.bench.runs import runs
 from ssd_core.bench.table import BEGIN, END, table
 
 from ssd_core.checks import UsageError
+from ssd_core.files import write_json
 
 __all__ = ["BEGIN", "END", "app", "main", "table"]
 
@@ -147,7 +148,7 @@ def verdict(files: list[Path], out: Out = None):
     lines = judge(_read(files))
     print("\n".join(lines))
     if out:
-        _write(out, {"verdict": lines})
+        write_json(out, {"verdict": lines})
     raise typer.Exit(any(line.startswith("missed") for line in lines))
 
 
@@ -224,15 +225,8 @@ def _run(jobs, peers, samples, budget, memory, out, resume) -> dict:
         print(f"{number}/{len(jobs)} {job.op} {job.case} N={one['tokens']} {job.dtype} {job.device}: "
               f"{time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
         if out:
-            _write(out, result)
+            write_json(out, result)
     return result
-
-
-def _write(path: Path, result: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".new")
-    temporary.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(temporary, path)
 
 
 def _read(files: list[Path]) -> dict:

@@ -26,6 +26,7 @@ import typer
 from ssd_core.bench import machine
 
 from ssd_core.checks import UsageError
+from ssd_core.files import write_json
 
 SCRIPT = Path(__file__).with_name("peer_run.py")
 SAMPLING = {"temperature": 0.8, "top_k": 20, "top_p": 0.95}
@@ -93,7 +94,7 @@ def runs(
         result["machine"]["load_average_after"] = [round(value, 2) for value in os.getloadavg()]
         result["left"] = left
         if out:
-            _write(out, result)
+            write_json(out, result)
     print(table(result))
     if result["left"]:
         print(f"{result['left']} runs are left: --resume goes on", file=sys.stderr)
@@ -363,11 +364,6 @@ def _open(path: Path | None, settings: dict) -> dict:
     return result
 
 
-def _write(path: Path, result: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".new")
-    temporary.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(temporary, path)
 
 
 def _device(name: str) -> str:

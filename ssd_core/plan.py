@@ -14,7 +14,9 @@ from ssd_core.chunked.logits import block_elements, wide_dtype
 MIB = 1 << 20
 DEFAULT_WORKSPACE = {"cpu": 64 * MIB}  # bytes, by device type
 ACCELERATOR_WORKSPACE = 512 * MIB
-BALANCE = {2: (40, 250), 4: (10, 100), 8: (5, 20)}  # FLOP in the time of a byte, by item size: CPU, accelerator
+NARROWEST = 64                          # columns of a tile: sums over many more tiles would lose digits
+LOOK = 30                               # bytes that a look at a logit moves; measured on two Zen 5 cores
+BALANCE = {2: (35, 250), 4: (13, 100), 8: (6, 20)}  # FLOP in the time of a byte, by item size: CPU, accelerator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Demand:
     passes: int = 1             # looks at all logits before the gradient
     wide_input: bool = False    # d_input is added up in float32
     filtered: bool = False      # by the gradient filter, which needs all columns
+    d_weight: bool = True       # a gradient of the weight is added up
 
     def fixed(self) -> int:
         """Bytes that do not depend on the plan, but for the row pass's own buffers."""
@@ -94,8 +97,9 @@ def plan_chunks(demand: Demand, workspace_bytes: int | None) -> ChunkPlan:
     expect(not demand.filtered, "workspace_bytes", filtered, workspace_bytes)
 
     rows, tile = _square(demand, free)
-    least = taken + demand.row_pass(1) + demand.row(1)
-    expect(rows >= 1, "workspace_bytes", f"at least {least} for one logit", workspace_bytes)
+    narrowest = min(vocab, NARROWEST)
+    least = taken + demand.row_pass(narrowest) + demand.row(narrowest)
+    expect(rows >= 1, "workspace_bytes", f"at least {least} for {narrowest} logits", workspace_bytes)
     if whole >= 1 and _cost(demand, whole, 0) <= _cost(demand, rows, demand.passes):
         return ChunkPlan(whole, columns, vocab)
     return ChunkPlan(rows, columns, tile)
@@ -111,14 +115,15 @@ def _square(demand: Demand, free: int) -> tuple[int, int]:
         if tile > block:        # the row pass works on a row at least
             tile = max(block, left // (column + demand.row_pass(1) // block))
         tile = min(demand.vocab, tile)
-        if tile >= min(rows, demand.vocab):
+        if tile >= min(max(rows, NARROWEST), demand.vocab):
             return rows, tile
         rows = rows * 3 // 4
     return 0, 0
 
 
 def _cost(demand: Demand, rows: int, recomputed: int) -> float:
-    """Of a call in products: logits, d_input, d_weight; logits again; and adding up d_weight, 8 bytes for 2 ``rows``
-    FLOP and element."""
+    """Of a call in products: those that any plan needs, the logits computed and looked at again, ``LOOK`` bytes for 2 D
+    FLOP, and d_weight added up, 8 bytes for 2 ``rows`` FLOP."""
     balance = BALANCE[demand.dtype.itemsize][demand.device.type != "cpu"]
-    return 3 + recomputed + 4 * balance / rows
+    again = recomputed * (1 + LOOK * balance / (2 * demand.hidden))
+    return 3 + again + (4 * balance / rows if demand.d_weight else 0)

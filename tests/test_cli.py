@@ -197,7 +197,7 @@ def test_places_that_cannot_be_written(model_folder, prompts, tmp_path, place):
     (["--preset", "paper"], "preset: expected one of"),
     (["--top-p", "2"], "top_p: expected a number in (0, 1], got 2.0"),
     (["--temperature", "hot"], "--temperature"), (["--temprature", "1"], "--temprature"),
-    (["--grad-filter", "0.01"], "grad_filter: expected 0"), (["--targets", "both"], "targets: expected"),
+    (["--grad-filter", "1"], "grad_filter: expected a number in [0, 1)"), (["--targets", "both"], "targets: expected"),
     (["--problems", "none.jsonl"], "none.jsonl"),
 ])
 def test_wrong_options(model_folder, prompts, tmp_path, options, text):

@@ -534,7 +534,7 @@ def test_unsloth_3827_a_budget_of_nothing(monkeypatch):
     x, w, b, y = problem()
     torch.testing.assert_close(linear_cross_entropy(x, w, y, linear_bias=b), plain(x, w, b, y))
     assert plan_chunks(Demand(2048, 576, 49152, 1, torch.bfloat16, torch.device("cuda")), None).rows > 1
-    with pytest.raises(ValueError, match=r"workspace_bytes: expected at least \d+ for one logit, got 0"):
+    with pytest.raises(ValueError, match=r"workspace_bytes: expected at least \d+ for \d+ logits, got 0"):
         linear_cross_entropy(x, w, y, linear_bias=b, workspace_bytes=0)
 
 

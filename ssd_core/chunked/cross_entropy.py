@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from ssd_core.chunked import groups
-from ssd_core.chunked.logits import BelowMax, LogSumExp, inside_tile, run, wide_dtype
+from ssd_core.chunked.logits import BelowMax, LogSumExp, inside_tile, marked, run, wide_dtype
 
 
 class CrossEntropyRows:
@@ -64,7 +64,7 @@ class CrossEntropyRows:
             if self.plain is not None:
                 self.plain.add(below, self._dense(first, z.shape[-1], rows), rise, rows)
         if self.bucket:
-            off = ~self._on_support(z, inside, place)
+            off = ~marked(z, inside, place)
             self.off.add(z.masked_fill(~off, -torch.inf), rows)
             self.off_count[rows] += off.sum(-1)
         return e
@@ -169,16 +169,13 @@ class CrossEntropyRows:
         target = (1 - self.label_smoothing) * self._dense(first, columns, rows) + self.label_smoothing / self.vocab
         return target if weights is None else target * weights
 
-    def _on_support(self, z, inside, place):
-        return torch.zeros_like(z).scatter_add_(-1, place, inside.to(z.dtype)) > 0
-
     def _p_tail(self, rows):
         return (1 - self.w[rows].sum(-1)).clamp_min(0).masked_fill(self.off_count[rows] == 0, 0)
 
     def _tail(self, c, inside, place, c_y, rows):
         """The target's mass off the support, spread as the student spreads it there."""
         z = self._tempered(c)
-        q_off = self.off.softmax(z, rows).masked_fill(self._on_support(z, inside, place), 0)
+        q_off = self.off.softmax(z, rows).masked_fill(marked(z, inside, place), 0)
         p_tail = self._p_tail(rows).unsqueeze(-1)
         return torch.where(p_tail > 0, c_y * p_tail * q_off, 0)
 

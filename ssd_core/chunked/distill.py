@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from ssd_core.chunked import groups
 from ssd_core.chunked.cross_entropy import CrossEntropyRows
-from ssd_core.chunked.logits import LogSumExp, capped, inside_tile, run, wide_dtype
+from ssd_core.chunked.logits import LogSumExp, capped, inside_tile, marked, run, wide_dtype
 
 FORWARD, REVERSE, JSD = "forward_kl", "reverse_kl", "jsd"
 
@@ -131,7 +131,7 @@ class SparseDistillRows(_DistillRows):
             self.ce.update(c, first, rows)
         if self.tail != "support":
             self.lse.add(z, rows)
-            on = _marked(z, inside, place)
+            on = marked(z, inside, place)
             self.off.add(z.masked_fill(on, -torch.inf), rows)
             self.off_count[rows] += (~on).sum(-1)
 
@@ -180,7 +180,7 @@ class SparseDistillRows(_DistillRows):
             return q.scatter_add_(-1, place, torch.where(inside, on_ids - self.q_k[rows] * own, 0))
         grad = q.mul_(-own)
         z, r_tail = self._tempered(c), self.pulls[rows, -1:]
-        off = self.off.softmax(z, rows).mul_(r_tail).masked_fill_(_marked(z, inside, place) | (r_tail == 0), 0)
+        off = self.off.softmax(z, rows).mul_(r_tail).masked_fill_(marked(z, inside, place) | (r_tail == 0), 0)
         return grad.add_(off).scatter_add_(-1, place, torch.where(inside, on_ids, 0))
 
 
@@ -278,10 +278,6 @@ def merged(ids, w):
     weights = torch.zeros_like(w).scatter_add_(-1, place, w)
     ids = torch.zeros_like(ids).scatter_(-1, place, key)
     return ids.masked_fill(weights <= 0, 0), weights
-
-
-def _marked(z, inside, place):
-    return torch.zeros_like(z).scatter_add_(-1, place, inside.to(z.dtype)) > 0
 
 
 def distill_rows(

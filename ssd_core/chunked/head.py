@@ -35,16 +35,28 @@ class Head(NamedTuple):
     dtype: torch.dtype              # that products are taken in
     columns: int                    # of a weight of another dtype, as many are cast at a time
 
+    @property
+    def early_bias(self) -> bool:
+        """Whether the product adds the bias, as ``F.linear`` does, and 16-bit outputs are rounded once. A wider one is
+        added to the logits."""
+        return self.bias is not None and self.bias.dtype == self.dtype
+
     def outputs(self, x, tile: slice, out: torch.Tensor) -> torch.Tensor:
         step = out.shape[1] if self.weight.dtype == self.dtype else self.columns
         for start in range(0, out.shape[1], step):
             some = out[:, start : start + step]
             first = tile.start + start
-            torch.mm(x, self.weight[first : first + some.shape[1]].to(self.dtype).t(), out=some)
+            columns = slice(first, first + some.shape[1])
+            weight = self.weight[columns].to(self.dtype).t()
+            if self.early_bias:
+                torch.addmm(self.bias[columns], x, weight, out=some)
+            else:
+                torch.mm(x, weight, out=some)
         return out
 
     def logits(self, u, tile: slice) -> torch.Tensor:
-        bias = None if self.bias is None else self.bias[tile].to(wide_dtype(self.dtype))
+        late = self.bias is not None and not self.early_bias
+        bias = self.bias[tile].to(wide_dtype(self.dtype)) if late else None
         return capped(u, bias, self.scale, self.softcap)
 
 

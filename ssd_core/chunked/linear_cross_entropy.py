@@ -47,7 +47,8 @@ def linear_cross_entropy_cpu(input, linear_weight, linear_bias, *args, dtype, lo
     """Backend "cpu": the same chunks, with the compiled row pass."""
     from ssd_core import native
 
-    bias = None if linear_bias is None else linear_bias.to(wide_dtype(dtype))
+    # the product adds a bias of its own dtype: see chunked.head
+    bias = None if linear_bias is None or linear_bias.dtype == dtype else linear_bias.to(wide_dtype(dtype))
 
     def whole(row_pass, u):
         row_pass.results = torch.stack(native.cross_entropy_rows_(

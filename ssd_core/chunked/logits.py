@@ -50,6 +50,11 @@ def inside_tile(ids, used, first: int, columns: int):
     return inside, (ids - first).where(inside, 0)
 
 
+def marked(z, inside, place):
+    """(r, C) True at the ids of a tile."""
+    return torch.zeros_like(z).scatter_add_(-1, place, inside.to(z.dtype)) > 0
+
+
 class LogSumExp:
     """The maximum of each row and sum(exp(z - maximum)), over tiles of columns and over ranks."""
 

@@ -1,6 +1,6 @@
 """Gradients of the custom operators: either they come with a total, or they are computed again in the backward.
 
-Every operator has the form ``op(*tensors, needs, *constants) -> (total, *results, *gradients)``. One of its tensors is
+Every operator has the form ``op(*tensors, needs, *constants) -> (total, *results, *gradients)``. The last tensor is
 the row scale. Given that, total is the sum of scale times result and the gradients, of the first tensors, are those of
 total. Without it there is neither.
 """
@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import torch
 
+from ssd_core.ops import tokens
 
-def register(op, *, tensors: int, scale: int, gradients: int, differentiable: int = 1) -> None:
+
+def register(op, *, tensors: int, gradients: int, differentiable: int = 1) -> None:
     """Differentiate ``op`` in ``total`` or, without a row scale, in its ``differentiable`` first results, token by
-    token and for any upstream gradient. ``tensors`` counts them, ``scale`` is the place of the row scale."""
+    token and for any upstream gradient. ``tensors`` counts them, the row scale included."""
+    scale = tensors - 1
     name = op._name.removeprefix("ssd_core::")
 
     def save(ctx, inputs, output):
@@ -57,6 +60,17 @@ def _scaled(grads, scale, dtypes):
         return [None if grad is None else grad.to(dtype) for grad, dtype in zip(grads, dtypes, strict=True)]
     times = torch.Tensor.mul if kept else torch.Tensor.mul_
     return [None if grad is None else times(grad, scale).to(dtype) for grad, dtype in zip(grads, dtypes, strict=True)]
+
+
+def reduced(op, tensors, constants, reduction: str, row_weight, denominator, dtype, *, results: int):
+    """The loss of a head, (N,) or reduced, and the other results of ``op``, ``results`` in all."""
+    if reduction == "none":
+        _, loss, *others = op(*tensors, None, *constants)[: 1 + results]
+        return loss * row_weight, *others
+    scale = tokens.reciprocal(denominator) if reduction == "mean" else torch.ones_like(denominator)
+    early, late = tokens.split_scale(scale, dtype)
+    loss, _, *others = op(*tensors, row_weight * early, *constants)[: 1 + results]
+    return loss if late is None else loss * late, *others
 
 
 def present(like, *grads):

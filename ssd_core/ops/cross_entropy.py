@@ -28,15 +28,12 @@ def _cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``(total, loss, nll, lse, d_logits)``: see ``_linear_cross_entropy``."""
     if dense is None:
-        used = valid.unsqueeze(-1) if probs is None else probs > 0
-        checks.labels_in_range(ids[used], logits.shape[1], "target" if probs is None else "target.ids")
-    if probs is not None:
-        checks.not_negative(probs, "target.probs")
-    rows = None if valid.all() else valid.nonzero().squeeze(-1)
+        tokens.check_target_values(ids, probs, valid, logits.shape[1], "target")
+    rows = tokens.counting(valid)
     function = backends.resolve("cross_entropy", logits.device, logits.dtype, backend)
     *results, d_logits = function(
         logits, ids, probs, dense, rows, class_weight=class_weight, label_weight=label_weight,
-        row_scale=row_scale if row_scale is None or rows is None else row_scale[rows], bucket=bucket,
+        row_scale=tokens.of_rows(row_scale, rows), bucket=bucket,
         **Options(*options)._asdict())
     loss, nll, lse = (tokens.spread(values, rows, len(logits)) for values in results)
     return loss.new_zeros(()), loss, nll, lse, *autograd.present(logits, d_logits)
@@ -49,7 +46,7 @@ def _(logits, ids, probs, dense, valid, class_weight, label_weight, row_scale, *
     return logits.new_empty((), dtype=wide), *each, autograd.empty_gradient(logits, row_scale is not None)
 
 
-autograd.register(_cross_entropy, tensors=8, scale=7, gradients=1)
+autograd.register(_cross_entropy, tensors=8, gradients=1)
 
 
 def cross_entropy(

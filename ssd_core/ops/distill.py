@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ssd_core import backends, checks
 from ssd_core.ops import autograd, tokens
-from ssd_core.ops.linear_distill import DistillStats, check_distill, distill_targets
+from ssd_core.ops.linear_distill import DistillStats, check_distill, check_values, distill_targets
 from ssd_core.targets import SparseTarget, TeacherLogits
 
 
@@ -31,17 +31,13 @@ def _distill(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``(total, loss, divergence, nll, lse, d_logits)``: see ``_linear_cross_entropy``."""
-    if labels is not None:
-        checks.labels_in_range(labels[valid], logits.shape[1], "target")
-    if ids is not None:
-        checks.labels_in_range(ids[(probs > 0) & valid.unsqueeze(-1)], logits.shape[1], "teacher.ids")
-        checks.not_negative(probs, "teacher.probs")
-    rows = None if valid.all() else valid.nonzero().squeeze(-1)
+    check_values(ids, probs, labels, valid, logits.shape[1])
+    rows = tokens.counting(valid)
     function = backends.resolve("distill", logits.device, logits.dtype, backend)
     logit_scale, softcap, temperature, beta, ce_weight, label_smoothing, z_loss = options
     *results, d_logits = function(
         logits, ids, probs, teacher_logits, labels, rows, class_weight=class_weight, label_weight=label_weight,
-        row_scale=row_scale if row_scale is None or rows is None else row_scale[rows], logit_scale=logit_scale,
+        row_scale=tokens.of_rows(row_scale, rows), logit_scale=logit_scale,
         softcap=softcap, temperature=temperature, beta=beta, ce_weight=ce_weight, label_smoothing=label_smoothing,
         z_loss=z_loss, divergence=divergence, tail=tail, temperature_squared=temperature_squared, with_ce=with_ce)
     loss, value, nll, lse = (tokens.spread(values, rows, len(logits)) for values in results)
@@ -55,7 +51,7 @@ def _(logits, ids, probs, teacher_logits, labels, valid, class_weight, label_wei
     return logits.new_empty((), dtype=wide), *each, autograd.empty_gradient(logits, row_scale is not None)
 
 
-autograd.register(_distill, tensors=9, scale=8, gradients=1)
+autograd.register(_distill, tensors=9, gradients=1)
 
 
 def distill(

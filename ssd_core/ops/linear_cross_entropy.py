@@ -47,8 +47,8 @@ def _linear_cross_entropy(
     valid: Tensor,                      # (N,) bool
     class_weight: Tensor | None,        # (V,)
     label_weight: Tensor | None,        # (N,) class weight of each label
-    row_scale: Tensor | None,           # (N,); None: no total and no gradients
     vocab_order: Tensor | None,         # (V,)
+    row_scale: Tensor | None,           # (N,); None: no total and no gradients
     needs: list[bool],                  # gradients of input, weight, bias
     dtype: torch.dtype,                 # of products
     options: list[float],
@@ -64,11 +64,8 @@ def _linear_cross_entropy(
     group = groups.find(process_group)
     vocab = groups.total(len(linear_weight), input.device, group)
     if dense is None:
-        used = valid.unsqueeze(-1) if probs is None else probs > 0
-        checks.labels_in_range(ids[used], vocab, "target" if probs is None else "target.ids")
-    if probs is not None:
-        checks.not_negative(probs, "target.probs")
-    rows = None if valid.all() else valid.nonzero().squeeze(-1)         # ignored rows meet no product
+        tokens.check_target_values(ids, probs, valid, vocab, "target")
+    rows = tokens.counting(valid)
     named = {"grad_filter": filters[0], "grad_filter_weight": filters[1], "process_group": process_group,
              "class probabilities": dense is not None}
     function = backends.resolve(
@@ -76,12 +73,13 @@ def _linear_cross_entropy(
     demand = Demand(
         len(input) if rows is None else len(rows), input.shape[1],
         groups.largest(len(linear_weight), input.device, group), ids.shape[1], dtype, input.device,
-        gathered=rows is not None, cast=linear_weight.dtype != dtype, wide_input=bool(process_group or any(filters)),
-        buffers=6 + (bucket or dense is not None) + (Options(*options).temperature != 1), filtered=any(filters))
+        gathered=rows is not None, cast=linear_weight.dtype != dtype, d_weight=needs[1],
+        wide_input=bool(process_group or any(filters)), filtered=any(filters),
+        buffers=6 + (bucket or dense is not None) + (Options(*options).temperature != 1))
     with tokens.without_autocast(input.device):
         *results, certificate, d_input, d_weight, d_bias = function(
             input, linear_weight, linear_bias, ids, probs, dense, rows, class_weight=class_weight,
-            label_weight=label_weight, row_scale=row_scale if row_scale is None or rows is None else row_scale[rows],
+            label_weight=label_weight, row_scale=tokens.of_rows(row_scale, rows),
             needs=needs, chunks=plan_chunks(demand, workspace_bytes), keep_float32=input.dtype == torch.float16,
             dtype=dtype, group=group, vocab=vocab, vocab_start=vocab_start, grad_filter=filters[0],
             grad_filter_weight=filters[1], vocab_order=vocab_order, bucket=bucket, **Options(*options)._asdict())
@@ -93,7 +91,7 @@ def _linear_cross_entropy(
 
 
 @_linear_cross_entropy.register_fake
-def _(input, linear_weight, linear_bias, ids, probs, dense, valid, class_weight, label_weight, row_scale, vocab_order,
+def _(input, linear_weight, linear_bias, ids, probs, dense, valid, class_weight, label_weight, vocab_order, row_scale,
       needs, dtype, *_):
     wide = tokens.wide_dtype(dtype)
     each = [input.new_empty(input.shape[0], dtype=wide) for _ in range(3)]
@@ -101,7 +99,7 @@ def _(input, linear_weight, linear_bias, ids, probs, dense, valid, class_weight,
     return input.new_empty((), dtype=wide), *each, input.new_empty(3, dtype=wide), *grads
 
 
-autograd.register(_linear_cross_entropy, tensors=11, scale=9, gradients=3)
+autograd.register(_linear_cross_entropy, tensors=11, gradients=3)
 
 
 def linear_cross_entropy(
@@ -220,19 +218,14 @@ def linear_cross_entropy(
         num_items_in_batch, row_weight if label_weight is None else row_weight * label_weight, wide)
 
     head = (input.reshape(-1, input.shape[-1]), linear_weight, linear_bias)
-    targets = (ids, probs, dense, valid, class_weight, label_weight)
     numbers = Options(
         float(logit_scale), float(softcap or 0), float(temperature), float(label_smoothing), float(z_loss))
-    call = (vocab_order, tokens.needs(*head), dtype, list(numbers), tail == "bucket", filters, workspace_bytes,
-            tokens.group_name(process_group), vocab_start, backend)
-    if reduction == "none":
-        _, loss, nll, lse, certificate, *_ = _linear_cross_entropy(*head, *targets, None, *call)
-        loss = tokens.shaped(loss * row_weight, shape, shift)
-    else:
-        scale = tokens.reciprocal(denominator) if reduction == "mean" else torch.ones_like(denominator)
-        early, late = tokens.split_scale(scale, dtype)
-        loss, _, nll, lse, certificate, *_ = _linear_cross_entropy(*head, *targets, row_weight * early, *call)
-        loss = loss if late is None else loss * late
+    constants = (tokens.needs(*head), dtype, list(numbers), tail == "bucket", filters, workspace_bytes,
+                 tokens.group_name(process_group), vocab_start, backend)
+    loss, nll, lse, certificate = autograd.reduced(
+        _linear_cross_entropy, (*head, ids, probs, dense, valid, class_weight, label_weight, vocab_order), constants,
+        reduction, row_weight, denominator, dtype, results=4)
+    loss = tokens.shaped(loss, shape, shift) if reduction == "none" else loss
     if return_stats:
         each = (tokens.shaped(values, shape, shift) for values in (nll, lse))
         return loss, LossStats(*each, denominator, *certificate.unbind())

@@ -71,12 +71,8 @@ def _linear_distill(
     """``(total, loss, divergence, nll, lse, d_input, d_weight, d_bias)``: see ``_linear_cross_entropy``."""
     group = groups.find(process_group)
     vocab = groups.total(len(linear_weight), input.device, group)
-    if labels is not None:
-        checks.labels_in_range(labels[valid], vocab, "target")
-    if ids is not None:
-        checks.labels_in_range(ids[(probs > 0) & valid.unsqueeze(-1)], vocab, "teacher.ids")
-        checks.not_negative(probs, "teacher.probs")
-    rows = None if valid.all() else valid.nonzero().squeeze(-1)
+    check_values(ids, probs, labels, valid, vocab)
+    rows = tokens.counting(valid)
     function = backends.resolve(
         "linear_distill", input.device, dtype, backend, ["process_group"] if process_group else [])
     wide = next((len(t) if t is teacher_weight else t.shape[1] for t in (teacher_logits, teacher_weight)
@@ -87,13 +83,13 @@ def _linear_distill(
         groups.largest(max(len(linear_weight), wide), input.device, group), 0 if ids is None else 2 * ids.shape[1],
         dtype, input.device, gathered=rows is not None, cast=linear_weight.dtype != dtype,
         logits=1 if teacher_input is None else 2, passes=2 if ids is None else 1,
-        wide_input=bool(process_group), buffers=10 if ids is not None else (
+        d_weight=needs[1], wide_input=bool(process_group), buffers=10 if ids is not None else (
             11 + (numbers.temperature != 1) + (numbers.softcap + numbers.teacher_softcap > 0)))
     with tokens.without_autocast(input.device):
         *results, d_input, d_weight, d_bias = function(
             input, linear_weight, linear_bias, ids, probs, teacher_logits, teacher_input, teacher_weight, teacher_bias,
             labels, rows, class_weight=class_weight, label_weight=label_weight,
-            row_scale=row_scale if row_scale is None or rows is None else row_scale[rows], needs=needs,
+            row_scale=tokens.of_rows(row_scale, rows), needs=needs,
             chunks=plan_chunks(demand, workspace_bytes), keep_float32=input.dtype == torch.float16, dtype=dtype,
             group=group, vocab=vocab, vocab_start=vocab_start, divergence=divergence, tail=tail,
             temperature_squared=temperature_squared, with_ce=with_ce, **numbers._asdict())
@@ -111,7 +107,7 @@ def _(input, linear_weight, linear_bias, ids, probs, teacher_logits, teacher_inp
     return input.new_empty((), dtype=wide), *each, *grads
 
 
-autograd.register(_linear_distill, tensors=14, scale=13, gradients=3)
+autograd.register(_linear_distill, tensors=14, gradients=3)
 
 
 def linear_distill(
@@ -215,17 +211,12 @@ def linear_distill(
         float(label_smoothing), float(z_loss), 1.0 if hidden is None else float(hidden.logit_scale),
         0.0 if hidden is None else float(hidden.softcap or 0))
     with_ce = labels is not None or z_loss > 0 or return_stats
-    call = (tokens.needs(*head), dtype, list(numbers), divergence, tail, temperature_squared, with_ce, workspace_bytes,
-            tokens.group_name(process_group), vocab_start, backend)
-    given = (*head, ids, probs, *dense, labels, valid, class_weight, label_weight)
-    if reduction == "none":
-        _, loss, value, nll, lse, *_ = _linear_distill(*given, None, *call)
-        loss = tokens.shaped(loss * row_weight, shape, shift)
-    else:
-        scale = tokens.reciprocal(denominator) if reduction == "mean" else torch.ones_like(denominator)
-        early, late = tokens.split_scale(scale, dtype)
-        loss, _, value, nll, lse, *_ = _linear_distill(*given, row_weight * early, *call)
-        loss = loss if late is None else loss * late
+    constants = (tokens.needs(*head), dtype, list(numbers), divergence, tail, temperature_squared, with_ce,
+                 workspace_bytes, tokens.group_name(process_group), vocab_start, backend)
+    loss, value, nll, lse = autograd.reduced(
+        _linear_distill, (*head, ids, probs, *dense, labels, valid, class_weight, label_weight), constants, reduction,
+        row_weight, denominator, dtype, results=4)
+    loss = tokens.shaped(loss, shape, shift) if reduction == "none" else loss
     if return_stats:
         return loss, DistillStats(*(tokens.shaped(values, shape, shift) for values in (value, nll, lse)), denominator)
     return loss
@@ -248,6 +239,14 @@ def check_distill(teacher, target, shape, device, divergence, beta, tail, ce_wei
     if target is not None:
         checks.expect_type(target, "target", Tensor, "a tensor of labels")
         tokens.check_labels(target, "target", shape)
+
+
+def check_values(ids, probs, labels, valid, vocab: int) -> None:
+    """Ids and weights of the tokens that count."""
+    if labels is not None:
+        tokens.check_target_values(labels.unsqueeze(-1), None, valid, vocab, "target")
+    if ids is not None:
+        tokens.check_target_values(ids, probs, valid, vocab, "teacher")
 
 
 def distill_targets(teacher, target, shape, ignore_index, shift: bool, wide, device):

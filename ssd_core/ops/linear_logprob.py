@@ -44,18 +44,18 @@ def _linear_logprob(
     group = groups.find(process_group)
     vocab = groups.total(len(linear_weight), input.device, group)
     checks.labels_in_range(ids[valid], vocab, "target")
-    rows = None if valid.all() else valid.nonzero().squeeze(-1)
+    rows = tokens.counting(valid)
     function = backends.resolve(
         "linear_logprob", input.device, dtype, backend, ["process_group"] if process_group else [])
     demand = Demand(
         len(input) if rows is None else len(rows), input.shape[1],
         groups.largest(len(linear_weight), input.device, group), 1, dtype, input.device, gathered=rows is not None,
         cast=linear_weight.dtype != dtype, buffers=6 + (temperature != 1) + (softcap > 0),
-        wide_input=bool(process_group))
+        d_weight=needs[1], wide_input=bool(process_group))
     with tokens.without_autocast(input.device):
         *results, d_input, d_weight, d_bias = function(
             input, linear_weight, linear_bias, ids, rows,
-            row_scale=row_scale if row_scale is None or rows is None else row_scale[rows], needs=needs,
+            row_scale=tokens.of_rows(row_scale, rows), needs=needs,
             chunks=plan_chunks(demand, workspace_bytes), keep_float32=False, dtype=dtype, group=group,
             vocab_start=vocab_start, logit_scale=logit_scale, softcap=softcap, temperature=temperature)
     logprob, entropy, lse, argmax = (tokens.spread(values, rows, len(input)) for values in results)
@@ -71,7 +71,7 @@ def _(input, linear_weight, linear_bias, ids, valid, row_scale, needs, dtype, *_
     return input.new_empty((), dtype=wide), *each, *grads
 
 
-autograd.register(_linear_logprob, tensors=6, scale=5, gradients=3, differentiable=2)
+autograd.register(_linear_logprob, tensors=6, gradients=3, differentiable=2)
 
 
 def linear_logprob(

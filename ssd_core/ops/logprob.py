@@ -24,10 +24,10 @@ def _logprob(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``(total, logprob, entropy, lse, argmax, d_logits)``: see ``_linear_cross_entropy``."""
     checks.labels_in_range(ids[valid], logits.shape[1], "target")
-    rows = None if valid.all() else valid.nonzero().squeeze(-1)
+    rows = tokens.counting(valid)
     function = backends.resolve("logprob", logits.device, logits.dtype, backend)
     *results, d_logits = function(
-        logits, ids, rows, row_scale=row_scale if row_scale is None or rows is None else row_scale[rows],
+        logits, ids, rows, row_scale=tokens.of_rows(row_scale, rows),
         logit_scale=logit_scale, softcap=softcap, temperature=temperature)
     logprob, entropy, lse, argmax = (tokens.spread(values, rows, len(logits)) for values in results)
     return lse.new_zeros(()), logprob, entropy, lse, argmax.long(), *autograd.present(logits, d_logits)
@@ -40,7 +40,7 @@ def _(logits, ids, valid, row_scale, *_):
     return logits.new_empty((), dtype=wide), *each, autograd.empty_gradient(logits, row_scale is not None)
 
 
-autograd.register(_logprob, tensors=4, scale=3, gradients=1, differentiable=2)
+autograd.register(_logprob, tensors=4, gradients=1, differentiable=2)
 
 
 def logprob(

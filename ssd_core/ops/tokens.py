@@ -121,6 +121,24 @@ def shifted(tensor, axis: int = -1):
     return torch.cat((later, torch.zeros_like(last)), axis)
 
 
+def counting(valid):
+    """(M,) the tokens that count, which alone meet products; None for all of them."""
+    return None if valid.all() else valid.nonzero().squeeze(-1)
+
+
+def of_rows(values, rows):
+    """(N, ...) values of all tokens -> (M, ...) of those that count."""
+    return values if values is None or rows is None else values[rows]
+
+
+def check_target_values(ids, probs, valid, vocab: int, name: str) -> None:
+    """Ids of the tokens that count, where they have weight, are in [0, V), and weights not negative (on CPU)."""
+    used = valid.unsqueeze(-1) if probs is None else (probs > 0) & valid.unsqueeze(-1)
+    checks.labels_in_range(ids[used], vocab, name if probs is None else f"{name}.ids")
+    if probs is not None:
+        checks.not_negative(probs, f"{name}.probs")
+
+
 def spread(values, rows, count: int):
     """(M,) values of the tokens that count -> (N,), 0 elsewhere; memory of its own."""
     return values.clone() if rows is None else values.new_zeros(count).index_copy_(0, rows, values)

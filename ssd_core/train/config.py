@@ -65,7 +65,7 @@ class TrainConfig:
         schedules = ("cosine", "linear", "constant")
         expect(self.lr_scheduler_type in schedules, "lr_scheduler_type", f"one of {schedules}", self.lr_scheduler_type)
         expect(self.targets in ("soft", "hard"), "targets", "'soft' or 'hard'", repr(self.targets))
-        expect(self.grad_filter == 0, "grad_filter", "0 (no backend has it yet)", self.grad_filter)
+        expect(self.grad_filter < 1, "grad_filter", "a number in [0, 1)", self.grad_filter)
         # a temperature on both sides has no gradient at the start of self-distillation
         both = self.targets == "soft" and self.loss_temperature != 1
         expect(not both, "loss_temperature", "1 with soft targets (use targets='hard')", self.loss_temperature)

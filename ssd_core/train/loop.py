@@ -151,7 +151,8 @@ def _loss(model, head, batch, config, tokens):
     hidden = models.body(model)(input_ids=batch.input_ids, use_cache=False).last_hidden_state
     return linear_cross_entropy(
         hidden, head.weight, batch.target, linear_bias=head.bias, logit_scale=head.logit_scale, softcap=head.softcap,
-        temperature=config.loss_temperature, grad_filter=config.grad_filter, num_items_in_batch=tokens)
+        temperature=config.loss_temperature, num_items_in_batch=tokens,
+        grad_filter=config.grad_filter if torch.is_grad_enabled() else 0.0)
 
 
 @torch.no_grad()

@@ -298,12 +298,14 @@ def each_case(name: str):
         ("backend", "dtype"), [pytest.param(*case, id=f"{case[0]}-{str(case[1])[6:]}") for case in cases(name)])
 
 
-def every(condition=lambda op: True, dtypes=False):
-    """Each op of the table that meets the condition, with each of its backends or, with ``dtypes``, of its cases."""
-    names, found = ("op", "backend") + ("dtype",) * dtypes, []
+def every(condition=lambda op: True, dtypes=()):
+    """Each op of the table that meets the condition, with each of its backends; with ``dtypes``, each of its cases of
+    these."""
+    names, found = ("op", "backend") + ("dtype",) * bool(dtypes), []
     for key, op in OPS.items():
         if condition(op):
-            each = cases(op.name) if dtypes else ((backend,) for backend in backends(op.name))
+            each = ((case for case in cases(op.name) if case[1] in dtypes) if dtypes
+                    else ((backend,) for backend in backends(op.name)))
             found += [pytest.param(op, *case, id="-".join((key, case[0], *(str(d)[6:] for d in case[1:]))))
                       for case in each]
     return pytest.mark.parametrize(names, found)

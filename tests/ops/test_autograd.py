@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from suite import OPS, each_backend, every, gradients, hard, problem, soft, taught
+from suite import DTYPES, OPS, each_backend, every, gradients, hard, problem, soft, taught
 from tolerances import error
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -106,7 +106,7 @@ def test_create_graph_says_what_is_not_supported(reduction):
 # -- scaling ----------------------------------------------------------------------------------------------------------
 
 
-@every(lambda op: op.reduced, dtypes=True)
+@every(lambda op: op.reduced, dtypes=DTYPES)
 def test_as_data_parallel_training_scales(op, backend, dtype):
     """Two ranks of different token counts: each loss over the global count, times the number of ranks, gradients
     averaged, give the gradients of one rank (unsloth-zoo #434)."""

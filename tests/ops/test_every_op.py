@@ -5,11 +5,11 @@ import threading
 import pytest
 import torch
 from suite import (
+    DTYPES,
     OPS,
     VOCABULARIES,
     Taught,
     as_tuple,
-    cases,
     check_op,
     every,
     expected,
@@ -102,19 +102,19 @@ def same(found, true):
 # -- numbers ----------------------------------------------------------------------------------------------------------
 
 
-@every(dtypes=True)
+@every(dtypes=DTYPES)
 def test_results_and_gradients(op, backend, dtype):
     """Upstream gradients of every sign and size, one for each token; odd N."""
     check_op(op, backend, dtype, upstream=upstream_of(op, 131, 601), **each_token(op))
 
 
-@every(reduced, dtypes=True)
+@every(reduced, dtypes=DTYPES)
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_reductions(op, backend, dtype, reduction):
     check_op(op, backend, dtype, upstream=-2.0, reduction=reduction)
 
 
-@every(linear, dtypes=True)
+@every(linear, dtypes=DTYPES)
 def test_without_bias(op, backend, dtype):
     check_op(op, backend, dtype, op.draw(dtype=dtype, bias=False))
 
@@ -128,7 +128,7 @@ def test_vocabulary_sizes(op, backend, vocab):
              upstream=upstream, seeds=2 if vocab > 100 else 40)
 
 
-@every(linear, dtypes=True)
+@every(linear, dtypes=DTYPES)
 @pytest.mark.parametrize("plan", [(7, 64, 601), (131, 601, 100), (11, 33, 97)], ids=str)
 def test_any_chunks(op, backend, dtype, plan, monkeypatch):
     """Rows, columns of the vocabulary at a time, and both. 16-bit products of a part are rounded before they are added
@@ -161,7 +161,7 @@ def test_chunks_and_blocks_change_nothing_but_rounding(op, backend, monkeypatch)
 @every(linear)
 def test_the_least_workspace_that_an_error_names_is_enough(op, backend):
     problem = op.draw(n=3, v=40)(1)
-    with pytest.raises(ValueError, match=r"workspace_bytes: expected at least \d+ for one logit, got 1000") as caught:
+    with pytest.raises(ValueError, match=r"workspace_bytes: expected at least \d+ for \d+ logits, got 1000") as caught:
         run(op, backend, problem, workspace_bytes=1000)
     least = int(str(caught.value).split("at least ")[1].split()[0])
     same(run(op, backend, problem, workspace_bytes=least), run(op, backend, problem))
@@ -305,7 +305,7 @@ def test_strided_inputs(op, backend):
 # -- what counts ------------------------------------------------------------------------------------------------------
 
 
-@every(with_target, dtypes=True)
+@every(with_target, dtypes=DTYPES)
 def test_all_ignored_is_zero_not_nan(op, backend, dtype):
     """A masked micro-batch must not end a run."""
     *leaves, target = op.draw(dtype=dtype)(0)
@@ -343,7 +343,7 @@ def test_ignored_tokens_meet_no_product(op, backend):
     assert (found[1][0][ignored] == 0).all()
 
 
-@every(reduced, dtypes=True)
+@every(reduced, dtypes=DTYPES)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_token_weights(op, backend, dtype, reduction):
     check_op(op, backend, dtype, token_weight=torch.rand(131, generator=torch.Generator().manual_seed(0)) * 2,
@@ -366,11 +366,9 @@ def test_num_items_in_batch_makes_accumulation_exact(op, backend, as_tensor):
         torch.testing.assert_close(sum(grads[place] for _, grads in parts), true[place])
 
 
-@every(lambda op: op.reduced and op.linear)
-def test_float16_gradients_of_a_mean_do_not_underflow(op, backend):
+@every(lambda op: op.reduced and op.linear, dtypes=[torch.float16])
+def test_float16_gradients_of_a_mean_do_not_underflow(op, backend, dtype):
     """With 2^17 items a probability of 1e-3 is 7e-9 in the mean's gradient: below float16, not after loss scaling."""
-    if (backend, torch.float16) not in cases(op.name):
-        pytest.skip("serves no float16")
     *leaves, target = op.draw(n=16, dtype=torch.float16)(1)
     loss = op.call(*leaves, target, num_items_in_batch=2**17, backend=backend)
     grads = gradients(loss * 2.0**16, leaves)

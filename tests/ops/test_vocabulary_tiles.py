@@ -156,14 +156,16 @@ def test_the_least_workspace_of_a_refusal_is_enough(demand):
 
 def test_whole_rows_while_they_are_many_and_tiles_when_they_are_few():
     """Adding up d_weight costs a pass over it for each chunk; computing logits again costs a product."""
-    assert plan_chunks(SMALL, 1 << 40) == plans.ChunkPlan(2048, 49152, 49152)      # all at once
-    many, few = plan_chunks(SMALL, 64 * MIB), plan_chunks(SMALL, 8 * MIB)
+    smollm2 = dataclasses.replace(SMALL, hidden=576)
+    assert plan_chunks(smollm2, 1 << 40) == plans.ChunkPlan(2048, 49152, 49152)    # all at once
+    many, few = plan_chunks(smollm2, 64 * MIB), plan_chunks(smollm2, 8 * MIB)
     assert many.tile == 49152 and many.rows > 4 * plans.BALANCE[4][0]
     assert few.tile < 49152 and few.rows > 100
-    # 26 whole rows would fit; where logits are looked at so often they are cheaper than tiles
-    assert plan_chunks(dataclasses.replace(SMALL, passes=12), 8 * MIB) == plans.ChunkPlan(26, 49152, 49152)
+    # 25 whole rows would fit: where looks or products cost more, and nothing is added up, they are cheaper than tiles
+    for change in ({"passes": 12}, {"hidden": 8}, {"d_weight": False}):
+        assert plan_chunks(dataclasses.replace(smollm2, **change), 8 * MIB).tile == 49152
     # an accelerator's products are cheaper next to its memory: it computes logits again where a CPU does not
-    wide = dataclasses.replace(SMALL, tokens=8192)
+    wide = dataclasses.replace(SMALL, tokens=8192, hidden=4096)
     accelerated = dataclasses.replace(wide, device=torch.device("cuda"))
     assert plan_chunks(wide, 128 * MIB).tile == 49152 > plan_chunks(accelerated, 128 * MIB).tile
 

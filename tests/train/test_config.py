@@ -13,7 +13,7 @@ from ssd_core.train.config import TrainConfig
     ({"targets": "both"}, "targets: expected 'soft' or 'hard', got 'both'"),
     ({"lr_scheduler_type": "step"}, "lr_scheduler_type: expected one of"),
     ({"loss_temperature": 0.8}, r"loss_temperature: expected 1 with soft targets .* got 0.8"),
-    ({"grad_filter": 0.01}, "grad_filter: expected 0"),
+    ({"grad_filter": 1.0}, r"grad_filter: expected a number in \[0, 1\)"),
     ({"adam_beta1": 1.5}, "adam_beta1"),
     ({"learning_rate": 1e-6, "min_lr": 1e-5}, "min_lr: expected at most the learning rate, 1e-06, got 1e-05"),
     ({"max_steps": 1.5}, "max_steps: expected a whole number, got float"),
