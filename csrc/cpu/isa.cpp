@@ -8,6 +8,8 @@ namespace ssd_core::cpu {
 
 const char* isa_name(Isa isa) {
   switch (isa) {
+    case Isa::kAvx512Bf16:
+      return "avx512bf16";
     case Isa::kAvx512:
       return "avx512";
     case Isa::kAvx2:
@@ -19,7 +21,7 @@ const char* isa_name(Isa isa) {
 
 std::vector<Isa> compiled_isas() {
 #if defined(__x86_64__)
-  return {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512};
+  return {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16};
 #else
   return {Isa::kBaseline};
 #endif
@@ -27,12 +29,15 @@ std::vector<Isa> compiled_isas() {
 
 bool isa_supported(Isa isa) {
 #if defined(__x86_64__)
-  // The lists name what the target pragmas of the *_avx2.cpp and *_avx512.cpp units enable.
+  // The lists name what the target pragmas of the kernels_*.cpp units enable.
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  switch (isa) {
-    case Isa::kAvx512:
-      return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  switch (isa) {
+    case Isa::kAvx512Bf16:
+      return avx512 && __builtin_cpu_supports("avx512bf16");
+    case Isa::kAvx512:
+      return avx512;
     case Isa::kAvx2:
       return avx2;
     default:

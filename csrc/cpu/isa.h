@@ -6,7 +6,7 @@
 namespace ssd_core::cpu {
 
 // Instruction-set levels, weakest first. Every kernel is compiled once per level.
-enum class Isa { kBaseline, kAvx2, kAvx512 };
+enum class Isa { kBaseline, kAvx2, kAvx512, kAvx512Bf16 };
 
 const char* isa_name(Isa isa);
 std::vector<Isa> compiled_isas();  // what this build contains on this architecture

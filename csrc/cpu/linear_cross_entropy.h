@@ -1,0 +1,45 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <optional>
+#include <tuple>
+
+namespace ssd_core::cpu {
+
+// Cross-entropy of a linear head in chunks of `rows` tokens and, if `columns` < V, of the vocabulary; the formulas stand
+// in cross_entropy_rows.h, u = input weight^T.
+//
+// -> loss, nll, lse (M,) float32 and, with row_scale, the gradients of sum_i row_scale_i loss_i that `needs` asks for
+// (input, weight, bias; undefined otherwise), those of weight and bias in float32 if keep_float32.
+//
+// Two passes over a chunk: A multiplies tile by tile of the vocabulary, keeps exp(z - max of the tile) and the tile's
+// max and sum; B, now that the row's are known, turns them into the gradient in place, and multiplies that with input
+// and weight. If columns < V nothing is kept in A, and B starts with the products of A again.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_cross_entropy(
+    const at::Tensor& input,                        // (N, D)
+    const at::Tensor& weight,                       // (V, D) float32, bfloat16 or float16
+    const std::optional<at::Tensor>& bias,          // (V,)
+    const at::Tensor& ids,                          // (N, K) int64
+    const std::optional<at::Tensor>& probs,         // (N, K) float32; none: hard labels, K = 1
+    const std::optional<at::Tensor>& class_weight,  // (V,) float32, hard labels only
+    const std::optional<at::Tensor>& index,         // (M,) int64 rows that count; none: all
+    const std::optional<at::Tensor>& row_scale,     // (M,) float32; none: no gradients
+    at::ScalarType dtype,                           // that products are taken in
+    std::array<bool, 3> needs,
+    bool keep_float32,
+    int64_t rows,
+    int64_t columns,
+    double logit_scale,
+    double softcap,
+    double temperature,
+    double label_smoothing,
+    double z_loss,
+    bool bucket);
+
+// Bytes that it needs for a chunk of so many rows and columns beyond what it returns.
+int64_t linear_cross_entropy_bytes(
+    int64_t rows, int64_t columns, int64_t vocab, int64_t hidden, int64_t support, at::ScalarType dtype, bool softcap);
+
+}  // namespace ssd_core::cpu

@@ -1,0 +1,64 @@
+// The seam between the fused losses of a head and their kernels, which are compiled once per instruction set. Plain data
+// and declarations only, like cross_entropy_rows_kernel.h.
+//
+// Operands are made of 32-bit words: a float32, or two bfloat16 that are neighbours along the summed dimension. Tokens
+// stand side by side in the lanes of a *panel*, vocabulary ids below each other. So a reduction over the vocabulary is a
+// loop without shuffles, and a token's sums have the same order whatever its neighbours.
+#pragma once
+
+#include <cstdint>
+
+namespace ssd_core::cpu {
+
+// c (m, panel) = [c +] a (m, k words) b (k words, panel): strides of a and b in bytes, of c in floats. The words of c_ij
+// are added in the order of k, whatever m.
+using Gemm = void (*)(
+    const void* a, int64_t a_row, int64_t a_col, const void* b, int64_t b_row, float* c, int64_t c_row, int64_t m,
+    int64_t k, bool add);
+
+// From raw outputs u to exponents: slope * (v - max v), v = u + b, or tanh((u + b) * cap_slope) with a softcap.
+struct TileOptions {
+  bool softcap;
+  float cap_slope;
+  float slope;
+};
+
+// One panel's lanes, (panel,) each: du = (factor * e - uniform * c_j) [* (1 - v^2)].
+struct TileGradient {
+  const float* max;      // with softcap, e = exp(slope * (v - max)); without, e is what was kept
+  const float* factor;
+  const float* uniform;  // null: 0
+};
+
+// What is kept of a tile is overwritten by its gradient, in the layout that d_input's product reads.
+struct TileKernels {
+  int64_t panel;
+  Gemm gemm;
+  // u (rows, panel) -> v in place (rows even), max (panel,) over v; a NaN is passed over.
+  void (*values)(float* u, int64_t rows, const float* bias, const TileOptions&, float* max);
+  // exp(slope * (v - max)) and its sum (panel,); kept (e, or v with softcap) if kept is not null.
+  void (*exponentials)(const float* v, int64_t rows, const float* max, const TileOptions&, void* kept, float* sum);
+  // sum_j c_j (max - v_j), (panel,); c null: 1.
+  void (*spread)(const float* v, int64_t rows, const float* max, const float* class_weight, float* sum);
+  // The gradient in place of what was kept, and once more by rows of the vocabulary, for d_weight's product.
+  void (*gradient)(
+      void* kept, int64_t rows, const float* class_weight, const TileGradient&, const TileOptions&, void* by_row,
+      int64_t by_row_stride);
+};
+
+// kernels of float32 words, and of bfloat16 pairs (null gemm: the instruction set has no such product)
+namespace baseline {
+extern const TileKernels float32_tiles;
+}
+namespace avx2 {
+extern const TileKernels float32_tiles;
+}
+namespace avx512 {
+extern const TileKernels float32_tiles;
+}
+namespace avx512bf16 {
+extern const TileKernels bfloat16_tiles;
+extern const TileKernels bfloat16_wide_tiles;  // what is kept is float32: with softcap
+}
+
+}  // namespace ssd_core::cpu

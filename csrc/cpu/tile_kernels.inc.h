@@ -1,0 +1,280 @@
+// Kernels of tile_kernels.h, included once per instruction set, with SSD_CORE_ISA naming the namespace,
+// SSD_CORE_VECTOR_BYTES the width of its vectors, and SSD_CORE_BFLOAT16 defined where it multiplies bfloat16 pairs.
+
+namespace ssd_core::cpu {
+namespace SSD_CORE_ISA {
+namespace {
+
+#include "vector_math.inc.h"
+
+// -- products
+
+// The block of c that stays in registers, kRows x kPanel, as large as they allow.
+constexpr int kRows = 6;
+constexpr int kVectors = SSD_CORE_PANEL_VECTORS;
+constexpr int kPanel = kVectors * kLanes;
+
+struct Float32Words {
+  static SSD_CORE_INLINE Vec add_product(Vec c, const char* a, Vec b) {
+    float x;
+    __builtin_memcpy(&x, a, sizeof x);
+    return c + x * b;
+  }
+};
+
+#ifdef SSD_CORE_BFLOAT16
+struct Bfloat16Pairs {
+  static SSD_CORE_INLINE Vec add_product(Vec c, const char* a, Vec b) {
+    int x;
+    __builtin_memcpy(&x, a, sizeof x);
+    return (Vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)_mm512_set1_epi32(x), (__m512bh)b);
+  }
+};
+#endif
+
+template <class Words, int kM, bool kAdd>
+SSD_CORE_INLINE void multiply_rows(
+    const char* a, int64_t a_row, int64_t a_col, const char* b, int64_t b_row, float* c, int64_t c_row, int64_t k) {
+  Vec sum[kM][kVectors];
+#pragma GCC unroll 16
+  for (int i = 0; i < kM; ++i) {
+#pragma GCC unroll 16
+    for (int j = 0; j < kVectors; ++j) {
+      sum[i][j] = kAdd ? load(c + i * c_row + j * kLanes) : Vec{};
+    }
+  }
+  for (int64_t l = 0; l < k; ++l) {
+    Vec x[kVectors];
+#pragma GCC unroll 16
+    for (int j = 0; j < kVectors; ++j) {
+      x[j] = load(b + j * sizeof(Vec));
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kM; ++i) {
+#pragma GCC unroll 16
+      for (int j = 0; j < kVectors; ++j) {
+        sum[i][j] = Words::add_product(sum[i][j], a + i * a_row, x[j]);
+      }
+    }
+    a += a_col;
+    b += b_row;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kM; ++i) {
+#pragma GCC unroll 16
+    for (int j = 0; j < kVectors; ++j) {
+      keep(c + i * c_row + j * kLanes, sum[i][j]);
+    }
+  }
+}
+
+template <class Words, bool kAdd>
+void multiply(
+    const char* a, int64_t a_row, int64_t a_col, const char* b, int64_t b_row, float* c, int64_t c_row, int64_t m,
+    int64_t k) {
+  int64_t i = 0;
+  for (; i + kRows <= m; i += kRows) {
+    multiply_rows<Words, kRows, kAdd>(a + i * a_row, a_row, a_col, b, b_row, c + i * c_row, c_row, k);
+  }
+  for (; i < m; ++i) {
+    multiply_rows<Words, 1, kAdd>(a + i * a_row, a_row, a_col, b, b_row, c + i * c_row, c_row, k);
+  }
+}
+
+template <class Words>
+void gemm(
+    const void* a, int64_t a_row, int64_t a_col, const void* b, int64_t b_row, float* c, int64_t c_row, int64_t m,
+    int64_t k, bool add) {
+  const auto product = add ? multiply<Words, true> : multiply<Words, false>;
+  product(static_cast<const char*>(a), a_row, a_col, static_cast<const char*>(b), b_row, c, c_row, m, k);
+}
+
+// -- two rows of the vocabulary, at one vector of lanes: what is kept of them, and their gradient
+
+// Float32 is kept, and the gradient is float32.
+struct Float32Rows {
+  using Element = float;
+  static constexpr int64_t kBytes = 2 * kPanel * sizeof(float);
+
+  static SSD_CORE_INLINE void put(char* kept, Vec x0, Vec x1) {
+    keep(kept, x0);
+    keep(kept + kBytes / 2, x1);
+  }
+  static SSD_CORE_INLINE void get(const char* kept, Vec& x0, Vec& x1) {
+    x0 = load(kept);
+    x1 = load(kept + kBytes / 2);
+  }
+  static SSD_CORE_INLINE void put_gradient(char* kept, char* row0, char* row1, Vec g0, Vec g1) {
+    put(kept, g0, g1);
+    keep(row0, g0);
+    keep(row1, g1);
+  }
+};
+
+#ifdef SSD_CORE_BFLOAT16
+SSD_CORE_INLINE __m512i paired(__m512i halves) {  // 16 of row 0, then 16 of row 1 -> side by side
+  const __m512i order = _mm512_set_epi16(
+      31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16,
+      0);
+  return _mm512_permutexvar_epi16(order, halves);
+}
+
+// Bfloat16 pairs are kept, or with kWide float32; the gradient is bfloat16 pairs.
+template <bool kWide>
+struct Bfloat16Rows {
+  using Element = bfloat16;
+  static constexpr int64_t kBytes = kPanel * (kWide ? 2 * sizeof(float) : sizeof(float));
+
+  static SSD_CORE_INLINE void put(char* kept, Vec x0, Vec x1) {
+    if constexpr (kWide) {
+      Float32Rows::put(kept, x0, x1);
+    } else {
+      keep(kept, paired((__m512i)_mm512_cvtne2ps_pbh((__m512)x1, (__m512)x0)));
+    }
+  }
+  static SSD_CORE_INLINE void get(const char* kept, Vec& x0, Vec& x1) {
+    if constexpr (kWide) {
+      Float32Rows::get(kept, x0, x1);
+    } else {
+      const Bits pair = load_bits(kept);
+      x0 = float_of(pair << 16);
+      x1 = float_of(pair & 0xffff0000u);
+    }
+  }
+  static SSD_CORE_INLINE void put_gradient(char* kept, char* row0, char* row1, Vec g0, Vec g1) {
+    const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)g1, (__m512)g0);
+    keep(kept, paired(halves));
+    keep(row0, _mm512_castsi512_si256(halves));
+    keep(row1, _mm512_extracti64x4_epi64(halves, 1));
+  }
+};
+#endif
+
+// -- from raw outputs to exponentials, and to the gradient
+
+SSD_CORE_INLINE Vec larger(Vec x, Vec max) {  // max if x is NaN
+  return pick(x > max, x, max);
+}
+
+template <bool kBias, bool kSoftcap>
+void values_of(float* u, int64_t rows, const float* bias, float cap_slope, float* max) {
+  for (int lane = 0; lane < kPanel; lane += kLanes) {
+    Vec most = all_lanes(-__builtin_inff());
+    float* x = u + lane;
+    for (int64_t j = 0; j < rows; ++j, x += kPanel) {
+      Vec v = load(x);
+      if constexpr (kBias) {
+        v += bias[j];
+      }
+      if constexpr (kSoftcap) {
+        v = tanh_any(v * cap_slope);
+      }
+      if constexpr (kBias || kSoftcap) {
+        keep(x, v);
+      }
+      most = larger(v, most);
+    }
+    keep(max + lane, most);
+  }
+}
+
+void values(float* u, int64_t rows, const float* bias, const TileOptions& options, float* max) {
+  const auto run = options.softcap ? (bias ? values_of<true, true> : values_of<false, true>)
+                                   : (bias ? values_of<true, false> : values_of<false, false>);
+  run(u, rows, bias, options.cap_slope, max);
+}
+
+template <class Rows, bool kKeep, bool kSoftcap>
+void exponentials_of(const float* v, int64_t rows, const float* max, float slope, char* kept, float* sum) {
+  for (int lane = 0; lane < kPanel; lane += kLanes) {
+    const Vec most = load(max + lane);
+    const Vec shift = pick(most == all_lanes(-__builtin_inff()), Vec{}, most);  // if all of the tile is -inf
+    Vec sum0{}, sum1{};
+    const float* x = v + lane;
+    char* out = kept + lane * sizeof(float);
+    for (int64_t j = 0; j < rows; j += 2, x += 2 * kPanel, out += Rows::kBytes) {
+      const Vec v0 = load(x), v1 = load(x + kPanel);
+      const Vec e0 = exp_nonpositive(slope * (v0 - shift)), e1 = exp_nonpositive(slope * (v1 - shift));
+      sum0 += e0;
+      sum1 += e1;
+      if constexpr (kKeep) {
+        kSoftcap ? Rows::put(out, v0, v1) : Rows::put(out, e0, e1);
+      }
+    }
+    keep(sum + lane, sum0 + sum1);
+  }
+}
+
+template <class Rows>
+void exponentials(const float* v, int64_t rows, const float* max, const TileOptions& options, void* kept, float* sum) {
+  const auto run = !kept ? exponentials_of<Rows, false, false>
+                         : (options.softcap ? exponentials_of<Rows, true, true> : exponentials_of<Rows, true, false>);
+  run(v, rows, max, options.slope, static_cast<char*>(kept), sum);
+}
+
+void spread(const float* v, int64_t rows, const float* max, const float* class_weight, float* sum) {
+  for (int lane = 0; lane < kPanel; lane += kLanes) {
+    const Vec most = load(max + lane);
+    Vec total{};
+    for (int64_t j = 0; j < rows; ++j) {
+      const Vec x = most - load(v + j * kPanel + lane);
+      total += class_weight ? class_weight[j] * x : x;
+    }
+    keep(sum + lane, total);
+  }
+}
+
+template <class Rows, bool kSoftcap, bool kUniform>
+void gradient_of(
+    char* kept, int64_t rows, const float* class_weight, const TileGradient& terms, float slope, char* by_row,
+    int64_t by_row_stride) {
+  for (int lane = 0; lane < kPanel; lane += kLanes) {
+    const Vec factor = load(terms.factor + lane);
+    const Vec uniform = kUniform ? load(terms.uniform + lane) : Vec{};
+    const Vec max = kSoftcap ? load(terms.max + lane) : Vec{};
+    char* at = kept + lane * sizeof(float);
+    char* row = by_row + lane * sizeof(typename Rows::Element);
+    const auto gradient_at = [=](Vec x, int64_t j) __attribute__((always_inline)) {
+      Vec g = factor * (kSoftcap ? exp_nonpositive(slope * (x - max)) : x);
+      if constexpr (kUniform) {
+        g -= class_weight ? uniform * class_weight[j] : uniform;
+      }
+      if constexpr (kSoftcap) {
+        g *= 1.0f - x * x;
+      }
+      return g;
+    };
+    for (int64_t j = 0; j < rows; j += 2, at += Rows::kBytes, row += 2 * by_row_stride) {
+      Vec x0, x1;
+      Rows::get(at, x0, x1);
+      Rows::put_gradient(at, row, row + by_row_stride, gradient_at(x0, j), gradient_at(x1, j + 1));
+    }
+  }
+}
+
+template <class Rows>
+void gradient(
+    void* kept, int64_t rows, const float* class_weight, const TileGradient& terms, const TileOptions& options,
+    void* by_row, int64_t by_row_stride) {
+  const auto run = options.softcap
+      ? (terms.uniform ? gradient_of<Rows, true, true> : gradient_of<Rows, true, false>)
+      : (terms.uniform ? gradient_of<Rows, false, true> : gradient_of<Rows, false, false>);
+  run(static_cast<char*>(kept), rows, class_weight, terms, options.slope, static_cast<char*>(by_row), by_row_stride);
+}
+
+template <class Words, class Rows>
+constexpr TileKernels tiles() {
+  return {kPanel, gemm<Words>, values, exponentials<Rows>, spread, gradient<Rows>};
+}
+
+}  // namespace
+
+#ifdef SSD_CORE_BFLOAT16
+extern const TileKernels bfloat16_tiles = tiles<Bfloat16Pairs, Bfloat16Rows<false>>();
+extern const TileKernels bfloat16_wide_tiles = tiles<Bfloat16Pairs, Bfloat16Rows<true>>();
+#else
+extern const TileKernels float32_tiles = tiles<Float32Words, Float32Rows>();
+#endif
+
+}  // namespace SSD_CORE_ISA
+}  // namespace ssd_core::cpu
