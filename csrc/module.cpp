@@ -60,6 +60,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("build_info", &build_info, "How this extension was compiled.");
   m.def("cpu_isa", [] { return cpu::isa_name(cpu::active_isa()); }, "The instruction set in use.");
   m.def("linear_cross_entropy", &cpu::linear_cross_entropy, py::call_guard<py::gil_scoped_release>());
+  m.def("linear_cross_entropy_bytes", &cpu::linear_cross_entropy_bytes);
+  m.def("tile_shape", &cpu::tile_shape);
   // The kernels' own functions, exposed so that their error bounds can be tested.
   m.def("exp_nonpositive", [](const at::Tensor& x) { return map_floats(cpu::active_row_kernels().exp, x); });
   m.def("tanh", [](const at::Tensor& x) { return map_floats(cpu::active_row_kernels().tanh, x); });

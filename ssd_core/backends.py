@@ -72,13 +72,18 @@ def _portable(op: str, module: str = "", *, reference_lacks: tuple[str, ...] = (
             Backend(op, "reference", f"{_REFERENCE}:{op}", lacks=reference_lacks, automatic=False))
 
 
+def _compiled(op: str, dtypes: tuple[str, ...], *, lacks: tuple[str, ...]) -> Backend:
+    return Backend(op, "cpu", f"ssd_core.cpu:{op}", devices=("cpu",), dtypes=dtypes, lacks=lacks,
+                   needs="ssd_core.native:missing")
+
+
 BACKENDS = (
-    Backend("linear_cross_entropy", "cpu", f"{_CHUNKED}.linear_cross_entropy:linear_cross_entropy_cpu",
-            devices=("cpu",), dtypes=("float32", "bfloat16"), needs="ssd_core.native:missing",
-            lacks=("grad_filter", "grad_filter_weight", "process_group", "class probabilities")),
+    _compiled("linear_cross_entropy", ("float32", "bfloat16", "float16"),
+              lacks=("grad_filter", "grad_filter_weight", "process_group", "class probabilities")),
     *_portable("linear_cross_entropy", reference_lacks=("process_group",)),
     *_portable("linear_distill", reference_lacks=("process_group",)),
     *_portable("linear_logprob", reference_lacks=("process_group",)),
+    _compiled("cross_entropy", ("float32", "bfloat16"), lacks=("class probabilities",)),
     *_portable("cross_entropy"),
     *_portable("distill"),
     *_portable("logprob"),
@@ -92,7 +97,14 @@ BACKENDS = (
 
 
 def resolve(op: str, device: torch.device, dtype: torch.dtype, backend: str = "auto", options: Iterable[str] = ()):
-    """The function that serves this call. ``options`` names those that the caller set."""
+    """The function that serves this call: see ``choose``."""
+    return choose(op, device, dtype, backend, options).load()
+
+
+def choose(
+    op: str, device: torch.device, dtype: torch.dtype, backend: str = "auto", options: Iterable[str] = ()
+) -> Backend:
+    """The record of the backend that serves this call. ``options`` names those that the caller set."""
     options = tuple(options)
     records = [record for record in BACKENDS if record.op == op]
     names = [record.name for record in records]
@@ -103,7 +115,7 @@ def resolve(op: str, device: torch.device, dtype: torch.dtype, backend: str = "a
         reason = record.refuses(device.type, dtype, options)
         if reason:
             raise UsageError(f"{op}: backend {backend!r} cannot serve this call: {reason}")
-        return record.load()
+        return record
     reasons = []
     for record in records:
         if not record.automatic:
@@ -112,7 +124,7 @@ def resolve(op: str, device: torch.device, dtype: torch.dtype, backend: str = "a
         if reason is None:
             if reasons:
                 _log_once(f"{op}: backend {record.name!r} serves {device.type} {dtype}; {'; '.join(reasons)}")
-            return record.load()
+            return record
         reasons.append(f"{record.name}: {reason}")
     raise UsageError(f"{op}: no backend serves this call: {'; '.join(reasons)}")
 

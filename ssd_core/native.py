@@ -56,6 +56,48 @@ def cpu_isa() -> str:
     return _extension().cpu_isa()
 
 
+def tile_shape(dtype: torch.dtype) -> tuple[int, int]:
+    """Tokens of a panel and vocabulary ids of a tile: the grain of ``linear_cross_entropy``'s chunks."""
+    return _extension().tile_shape(dtype)
+
+
+def linear_cross_entropy_bytes(
+    rows: int, columns: int, vocab: int, hidden: int, support: int, dtype: torch.dtype, softcap: bool
+) -> int:
+    """Bytes that ``linear_cross_entropy`` holds at most, beyond inputs and gradients, in such chunks."""
+    return _extension().linear_cross_entropy_bytes(rows, columns, vocab, hidden, support, dtype, softcap)
+
+
+def linear_cross_entropy(
+    input: torch.Tensor,  # (N, D) float32, bfloat16 or float16
+    weight: torch.Tensor,  # (V, D)
+    bias: torch.Tensor | None,  # (V,)
+    ids: torch.Tensor,  # (N, K) int64
+    probs: torch.Tensor | None,  # (N, K) float32; None: hard labels, K = 1
+    class_weight: torch.Tensor | None,  # (V,) float32, hard labels only
+    index: torch.Tensor | None,  # (M,) int64 rows that count; None: all
+    row_scale: torch.Tensor | None,  # (M,) float32; None: no gradients
+    dtype: torch.dtype,  # that products are taken in
+    needs: list[bool],  # gradients of input, weight, bias
+    keep_float32: bool,  # those of weight and bias stay in float32
+    rows: int,
+    columns: int,
+    *,
+    logit_scale: float = 1.0,
+    softcap: float = 0.0,  # 0: none
+    temperature: float = 1.0,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    bucket: bool = False,
+) -> tuple[torch.Tensor | None, ...]:
+    """``(loss, nll, lse, d_input, d_weight, d_bias)``, the first three (M,) float32; see
+    csrc/cpu/linear_cross_entropy.h. Not differentiable itself."""
+    return _extension().linear_cross_entropy(
+        input, weight, bias, ids, probs, class_weight, index, row_scale, dtype, needs, keep_float32, rows, columns,
+        logit_scale, softcap, temperature, label_smoothing, z_loss, bucket,
+    )  # fmt: skip
+
+
 def cross_entropy_rows_(
     logits: torch.Tensor,  # (R, V) float32 or bfloat16: raw GEMM outputs u
     bias: torch.Tensor | None,  # (V,) float32

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import math
 
 import torch
 
+from ssd_core import native
 from ssd_core.checks import expect
 from ssd_core.chunked.grad_filter import TILE
 from ssd_core.chunked.logits import block_elements, wide_dtype
@@ -17,6 +19,7 @@ ACCELERATOR_WORKSPACE = 512 * MIB
 NARROWEST = 64                          # columns of a tile: sums over many more tiles would lose digits
 LOOK = 30                               # bytes that a look at a logit moves; measured on two Zen 5 cores
 BALANCE = {2: (35, 250), 4: (13, 100), 8: (6, 20)}  # FLOP in the time of a byte, by item size: CPU, accelerator
+COMPILED_BALANCE = {2: 40, 4: 20}       # of backend "cpu"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +51,8 @@ class Demand:
     wide_input: bool = False    # d_input is added up in float32
     filtered: bool = False      # by the gradient filter, which needs all columns
     d_weight: bool = True       # a gradient of the weight is added up
+    compiled: bool = False      # by backend "cpu", whose extension says what it needs
+    softcap: bool = False
 
     def fixed(self) -> int:
         """Bytes that do not depend on the plan, but for the row pass's own buffers."""
@@ -80,6 +85,8 @@ def plan_chunks(demand: Demand, workspace_bytes: int | None) -> ChunkPlan:
     """
     if workspace_bytes is None:
         workspace_bytes = DEFAULT_WORKSPACE.get(demand.device.type, ACCELERATOR_WORKSPACE)
+    if demand.compiled:
+        return _plan_panels(demand, workspace_bytes)
     itemsize, vocab, tokens = demand.dtype.itemsize, demand.vocab, demand.tokens
     columns, product = vocab, 0
     if itemsize == 2 or demand.cast:
@@ -121,9 +128,39 @@ def _square(demand: Demand, free: int) -> tuple[int, int]:
     return 0, 0
 
 
+def _plan_panels(demand: Demand, workspace_bytes: int) -> ChunkPlan:
+    """The same for the compiled kernels: rows in whole panels, and columns in whole tiles or all."""
+    panel, tile = native.tile_shape(demand.dtype)
+    panels, tiles = -(-max(1, demand.tokens) // panel), -(-demand.vocab // tile)
+
+    def needed(p: int, t: int) -> int:
+        return native.linear_cross_entropy_bytes(
+            p * panel, demand.vocab if t == tiles else t * tile, demand.vocab, demand.hidden, demand.support,
+            demand.dtype, demand.softcap)
+
+    def fit(most: int, bytes_of) -> int:
+        """The largest number up to ``most`` that fits, or 0."""
+        return bisect.bisect_right(range(1, most + 1), workspace_bytes, key=bytes_of)
+
+    expected = f"at least {needed(1, 1)} for {min(tile, demand.vocab)} logits of {panel} tokens"
+    expect(needed(1, 1) <= workspace_bytes, "workspace_bytes", expected, workspace_bytes)
+    plans = []
+    whole = fit(panels, lambda p: needed(p, tiles))
+    if whole:
+        plans.append((_cost(demand, whole * panel, 0), whole, tiles))
+    if not whole or plans[0][0] > 4:        # or else to compute logits again costs more
+        p = fit(panels, lambda p: needed(p, 1))
+        while p:
+            plans.append((_cost(demand, p * panel, 1), p, fit(tiles - 1, lambda t, p=p: needed(p, t))))
+            p = p * 3 // 4
+    _, p, t = min((plan for plan in plans if plan[2]), key=lambda plan: plan[0])
+    return ChunkPlan(p * panel, tile, demand.vocab if t == tiles else t * tile)
+
+
 def _cost(demand: Demand, rows: int, recomputed: int) -> float:
     """Of a call in products: those that any plan needs, the logits computed and looked at again, ``LOOK`` bytes for 2 D
     FLOP, and d_weight added up, 8 bytes for 2 ``rows`` FLOP."""
-    balance = BALANCE[demand.dtype.itemsize][demand.device.type != "cpu"]
+    itemsize = demand.dtype.itemsize
+    balance = COMPILED_BALANCE[itemsize] if demand.compiled else BALANCE[itemsize][demand.device.type != "cpu"]
     again = recomputed * (1 + LOOK * balance / (2 * demand.hidden))
     return 3 + again + (4 * balance / rows if demand.d_weight else 0)

@@ -27,7 +27,7 @@ train sampler evaluate distributed
 nn store models prompts
 data ops
 plan backends targets sampling_params files
-chunked reference
+chunked reference cpu
 native kernels
 checks
 """.split("\n")[1:-1]

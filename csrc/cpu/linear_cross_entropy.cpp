@@ -23,6 +23,7 @@ namespace ssd_core::cpu {
 namespace {
 
 constexpr int64_t kTile = 252;  // rows of a vocabulary tile: even, and whole blocks of the product
+constexpr int64_t kStepBytes = 4 << 20;  // of gradient, between its two uses
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 int64_t divide_up(int64_t n, int64_t by) {
@@ -318,9 +319,13 @@ class Call {
       if (!whole) {
         exponentials(first, last, true, false);
       }
-      gradients(first, last);
-      if (needs_[0]) {
-        input_products(first, last);
+      // in steps whose gradient is still in cache when d_input's product reads it
+      const int64_t step = std::max<int64_t>(4, kStepBytes / (kTile * n_ * words_.element()));
+      for (int64_t tile = first; tile < last; tile += step) {
+        gradients(tile, std::min(tile + step, last), first);
+        if (needs_[0]) {
+          input_products(tile, std::min(tile + step, last), first);
+        }
       }
     }
     if (needs_[0]) {
@@ -520,7 +525,7 @@ class Call {
   }
 
   // Pass B: the gradient in place of what was kept, and d_weight, d_bias.
-  void gradients(int64_t first_tile, int64_t last_tile) {
+  void gradients(int64_t first_tile, int64_t last_tile, int64_t origin) {
     const bool smooth = options_.label_smoothing > 0;
     const int64_t coordinates = divide_up(hidden_, panel_), depth = depth_of_tokens();
     const int64_t row_bytes = panels() * panel_ * words_.element();
@@ -539,7 +544,7 @@ class Call {
           for (int64_t lane = 0; lane < panel_; ++lane) {
             factor[lane] = tile_options_.softcap ? lanes[lane] : lanes[lane] * shift[lane];
           }
-          char* kept = kept_of(p, t, first_tile);
+          char* kept = kept_of(p, t, origin);
           char* rows_at = by_row.get() + p * panel_ * words_.element();
           kernels_.gradient(
               kept, even, class_weight, {lanes + 2 * panel_, factor.data(), smooth ? lanes + panel_ : nullptr},
@@ -589,7 +594,13 @@ class Call {
 
   void store_narrow(const float* from, int64_t width, int64_t at) {
     if (d_weight_.scalar_type() == at::kBFloat16) {
-      std::copy_n(from, width, d_weight_.mutable_data_ptr<c10::BFloat16>() + at);
+      auto* to = reinterpret_cast<uint16_t*>(d_weight_.mutable_data_ptr<c10::BFloat16>() + at);
+      for (int64_t lane = 0; lane < width; ++lane) {  // to nearest even; without a branch, in vectors
+        uint32_t bits;
+        std::memcpy(&bits, from + lane, sizeof bits);
+        const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+        to[lane] = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+      }
     } else {
       std::copy_n(from, width, d_weight_.mutable_data_ptr<c10::Half>() + at);
     }
@@ -631,7 +642,7 @@ class Call {
   }
 
   // d_input of the chunk, by coordinate: each is summed by one thread in the order of the vocabulary.
-  void input_products(int64_t first_tile, int64_t last_tile) {
+  void input_products(int64_t first_tile, int64_t last_tile, int64_t origin) {
     const int64_t threads = at::get_num_threads();
     constexpr int64_t kStep = 48;  // coordinates at least: whole blocks of the product
     const int64_t parts = std::clamp<int64_t>(threads, 1, divide_up(hidden_, kStep));
@@ -659,7 +670,7 @@ class Call {
           for (int64_t p = p0; p < p1; ++p) {
             float* c = d_tokens_.mutable_data_ptr<float>() + (p * hidden_ + d0) * panel_;
             kernels_.gemm(
-                a, 4, a_col, kept_of(p, t, first_tile), panel_ * (words_.pairs && words_.wide ? 8 : 4), c, panel_,
+                a, 4, a_col, kept_of(p, t, origin), panel_ * (words_.pairs && words_.wide ? 8 : 4), c, panel_,
                 width, words_.words(rows), t > 0);
           }
         }
@@ -709,6 +720,27 @@ class Call {
 };
 
 }  // namespace
+
+std::tuple<int64_t, int64_t> tile_shape(at::ScalarType dtype) {
+  return {words_of(dtype, false).kernels->panel, kTile};
+}
+
+// What Call::allocate and its methods hold, were all options set.
+int64_t linear_cross_entropy_bytes(
+    int64_t rows, int64_t columns, int64_t vocab, int64_t hidden, int64_t support, at::ScalarType dtype, bool softcap) {
+  const Words words = words_of(dtype, softcap);
+  const int64_t panel = words.kernels->panel, tiles = divide_up(vocab, kTile), threads = at::get_num_threads();
+  rows = divide_up(rows, panel) * panel;
+  columns = columns < vocab ? columns / kTile * kTile : vocab + 1;
+  const int64_t width = divide_up(hidden, panel) * panel;
+  const int64_t kept = rows * columns * words.kept_element();
+  const int64_t states = rows * (hidden + 1 + width) * words.element() + rows * hidden * (4 + words.element());
+  const int64_t d_input = rows * hidden * (4 + 4 + 2);
+  const int64_t statistics = rows * ((tiles + 1) * 4 * 4 + 3 * 4) + vocab * 4;
+  const int64_t targets = rows * (support * (3 * sizeof(Entry)) + sizeof(RowTerms) + 3 * 8) + tiles * 16 + vocab / 8;
+  const int64_t thread = (kTile + 1) * (panel * 4 * 2 + rows * words.element() + 2 * (hidden + 1) * 4);
+  return kept + states + d_input + statistics + targets + threads * thread;
+}
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_cross_entropy(
     const at::Tensor& input,

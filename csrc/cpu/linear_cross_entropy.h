@@ -38,8 +38,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     double z_loss,
     bool bucket);
 
-// Bytes that it needs for a chunk of so many rows and columns beyond what it returns.
+// Bytes that it holds at most, beyond inputs and gradients, in chunks of so many rows and columns. Rows come in whole
+// panels and columns in whole tiles, or all.
 int64_t linear_cross_entropy_bytes(
     int64_t rows, int64_t columns, int64_t vocab, int64_t hidden, int64_t support, at::ScalarType dtype, bool softcap);
+
+// Rows of a panel, columns of a tile.
+std::tuple<int64_t, int64_t> tile_shape(at::ScalarType dtype);
 
 }  // namespace ssd_core::cpu

@@ -62,7 +62,7 @@ class Head(NamedTuple):
 
 def run(
     head: Head, make_pass: Callable, rows, *, scaled: bool, needs, chunks, keep_float32: bool = False, group=None,
-    vocab_start: int = 0, extent: int = 0, grad_filter=None, whole: Callable | None = None,
+    vocab_start: int = 0, extent: int = 0, grad_filter=None,
 ):
     """``(results (n, M), d_input, d_weight, d_bias)``, the results those of the row passes over M tokens.
 
@@ -70,8 +70,7 @@ def run(
     ``make_pass(index, part)`` is the row pass of tokens ``index``, which are ``part`` of the M. ``scaled``: whether
     gradients are wanted at all; then of input, weight and bias as ``needs`` says, those of weight and bias left in
     float32 by ``keep_float32``. ``chunks`` is a ``plan.ChunkPlan``; ``extent`` counts the columns that the pass looks
-    at, if there are more than V. ``grad_filter`` is a ``GradFilter``, for chunks that hold all columns. ``whole(
-    row_pass, u)`` replaces update, finish and gradient where a chunk holds all columns of all ranks.
+    at, if there are more than V. ``grad_filter`` is a ``GradFilter``, for chunks that hold all columns.
     """
     count = head.input.shape[0] if rows is None else rows.shape[0]
     vocab = head.weight.shape[0]
@@ -89,11 +88,7 @@ def run(
         row_pass = make_pass(index, part)
         chunk = _Chunk(head, row_pass, x, buffer, vocab_start)
         if len(tiles) == 1 and group is None and grad_filter is None:
-            u = chunk.outputs(tiles[0])
-            if whole:
-                whole(row_pass, u)
-            else:
-                chunk.in_cache(tiles[0], scaled)
+            u = chunk.in_cache(tiles[0], scaled)
             if scaled:
                 gradients.add(x, u, tiles[0])
         else:
@@ -132,8 +127,8 @@ class _Chunk:
     def blocks(self, tile: slice):
         return blocks(len(self.x), tile.stop - tile.start, self.x)
 
-    def in_cache(self, tile: slice, scaled: bool) -> None:
-        """All of the row pass on a few rows at a time, while they are in cache."""
+    def in_cache(self, tile: slice, scaled: bool):
+        """All of the row pass on a few rows at a time, while they are in cache; the gradient is in the outputs' place."""
         u, row_pass, first = self.outputs(tile), self.row_pass, self.vocab_start + tile.start
         for step in range(row_pass.passes):
             row_pass.open(tile, step)
@@ -145,6 +140,7 @@ class _Chunk:
             if scaled:
                 grad = row_pass.gradient(c, first, block, row_pass.probabilities(c, block, e))
                 u[block] = uncapped_(grad, c, self.head.scale, self.head.softcap)
+        return u
 
     def statistics(self, tiles, group) -> None:
         """Column tiles one after the other, as often as the row pass asks for; then over the ranks."""

@@ -13,7 +13,7 @@ from ssd_core.chunked.logits import wide_dtype
 def linear_cross_entropy(
     input, linear_weight, linear_bias, ids, probs, dense, rows, *, class_weight, label_weight, row_scale, needs, chunks,
     keep_float32, dtype, logit_scale, softcap, temperature, vocab, vocab_start=0, group=None, grad_filter=0.0,
-    grad_filter_weight=0.0, vocab_order=None, whole=None, **options,
+    grad_filter_weight=0.0, vocab_order=None, **options,
 ):
     """Per-token results and gradients: ``(loss, nll, lse, certificate, d_input, d_weight, d_bias)``.
 
@@ -39,23 +39,5 @@ def linear_cross_entropy(
         filtered = GradFilter(head, order, grad_filter, grad_filter_weight, count, group, vocab_start)
     results, *grads = heads.run(
         head, make_pass, rows, scaled=row_scale is not None, needs=needs, chunks=chunks, keep_float32=keep_float32,
-        group=group, vocab_start=vocab_start, grad_filter=filtered, whole=whole)
+        group=group, vocab_start=vocab_start, grad_filter=filtered)
     return *results, None if filtered is None else filtered.certificate(), *grads
-
-
-def linear_cross_entropy_cpu(input, linear_weight, linear_bias, *args, dtype, logit_scale, softcap, **options):
-    """Backend "cpu": the same chunks, with the compiled row pass."""
-    from ssd_core import native
-
-    # the product adds a bias of its own dtype: see chunked.head
-    bias = None if linear_bias is None or linear_bias.dtype == dtype else linear_bias.to(wide_dtype(dtype))
-
-    def whole(row_pass, u):
-        row_pass.results = torch.stack(native.cross_entropy_rows_(
-            u, bias, row_pass.ids, row_pass.probs, row_pass.class_weight, row_pass.row_scale, logit_scale=logit_scale,
-            softcap=softcap, temperature=row_pass.temperature, label_smoothing=row_pass.label_smoothing,
-            z_loss=row_pass.z_loss, bucket=row_pass.bucket))
-
-    return linear_cross_entropy(
-        input, linear_weight, linear_bias, *args, dtype=dtype, logit_scale=logit_scale, softcap=softcap, whole=whole,
-        **options)

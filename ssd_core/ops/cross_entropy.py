@@ -30,7 +30,8 @@ def _cross_entropy(
     if dense is None:
         tokens.check_target_values(ids, probs, valid, logits.shape[1], "target")
     rows = tokens.counting(valid)
-    function = backends.resolve("cross_entropy", logits.device, logits.dtype, backend)
+    function = backends.resolve(
+        "cross_entropy", logits.device, logits.dtype, backend, [] if dense is None else ["class probabilities"])
     *results, d_logits = function(
         logits, ids, probs, dense, rows, class_weight=class_weight, label_weight=label_weight,
         row_scale=tokens.of_rows(row_scale, rows), bucket=bucket,

@@ -1,0 +1,45 @@
+"""Backend "cpu": the interfaces of ``ssd_core.chunked``, served by the compiled extension."""
+
+from __future__ import annotations
+
+import torch
+
+from ssd_core import native
+
+BLOCK = 1 << 22     # logits that are copied at a time
+
+
+def linear_cross_entropy(
+    input, linear_weight, linear_bias, ids, probs, dense, rows, *, class_weight, label_weight, row_scale, needs, chunks,
+    keep_float32, dtype, logit_scale, softcap, temperature, label_smoothing, z_loss, bucket, vocab, vocab_start, group,
+    grad_filter, grad_filter_weight, vocab_order,
+):
+    *results, d_input, d_weight, d_bias = native.linear_cross_entropy(
+        input, linear_weight, linear_bias, ids.long(), probs, class_weight, rows, row_scale, dtype, needs, keep_float32,
+        chunks.rows, chunks.tile, logit_scale=logit_scale, softcap=softcap, temperature=temperature,
+        label_smoothing=label_smoothing, z_loss=z_loss, bucket=bucket)
+    return *results, None, d_input, d_weight, d_bias
+
+
+def cross_entropy(
+    logits, ids, probs, dense, rows, *, class_weight, label_weight, row_scale, logit_scale, softcap, temperature,
+    label_smoothing, z_loss, bucket,
+):
+    count = len(logits) if rows is None else len(rows)
+    results = logits.new_empty(3, count, dtype=torch.float32)
+    d_logits = None if row_scale is None else torch.zeros_like(logits, memory_format=torch.contiguous_format)
+    step = max(1, BLOCK // logits.shape[1])
+    for start in range(0, count, step):
+        part = slice(start, min(start + step, count))
+        index = part if rows is None else rows[part]
+        z = logits[index].contiguous()
+        if row_scale is not None and rows is None:
+            d_logits[part] = z
+            z = d_logits[part]
+        results[:, part] = torch.stack(native.cross_entropy_rows_(
+            z, None, ids[index].long(), None if probs is None else probs[index], class_weight,
+            None if row_scale is None else row_scale[part], logit_scale=logit_scale, softcap=softcap,
+            temperature=temperature, label_smoothing=label_smoothing, z_loss=z_loss, bucket=bucket))
+        if row_scale is not None and rows is not None:
+            d_logits[index] = z
+    return *results, d_logits

@@ -1,0 +1,178 @@
+"""The fused head of backend "cpu" against the float64 definition: every edge of its panels and tiles, instruction sets,
+threads. What all backends share is tested in tests/ops."""
+
+import itertools
+import os
+
+import pytest
+import torch
+from test_native import isas, python  # noqa: F401  a fixture
+
+from ssd_core import native
+from ssd_core.reference.linear_cross_entropy import linear_cross_entropy as define
+
+pytestmark = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
+
+TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}    # of one rounding of each gradient
+WHOLE = 1 << 40
+
+
+def problem(n, d, v, dtype, k=0, bias=True, class_weight=False, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, d, generator=g, dtype=torch.float64).to(dtype)
+    w = (2 * torch.randn(v, d, generator=g, dtype=torch.float64) / d**0.5).to(dtype)
+    b = torch.randn(v, generator=g, dtype=torch.float64).to(dtype) if bias else None
+    ids = torch.randint(v, (n, k or 1), generator=g)
+    probs = torch.rand(n, k, generator=g) * 1.6 / k if k else None
+    c = torch.rand(v, generator=g) + 0.5 if class_weight else None
+    return x, w, b, ids, probs, c, torch.randn(n, generator=g)
+
+
+def call(x, w, b, ids, probs, c, scale, *, index=None, dtype=None, rows=128, columns=WHOLE, **options):
+    return native.linear_cross_entropy(
+        x, w, b, ids, probs, c, index, scale, dtype or x.dtype, [True, True, b is not None], False, rows, columns,
+        **options)
+
+
+def error(got, ref):
+    return ((got.double() - ref).norm() / ref.norm().clamp_min(1e-2)).item()
+
+
+def check(x, w, b, ids, probs, c, scale, *, index=None, softcap=0.0, **options):
+    leaves = [None if t is None else t.double().requires_grad_() for t in (x, w, b)]
+    some = slice(None) if index is None else index
+    loss, nll, lse = define(
+        leaves[0][some], leaves[1], ids[some], None if probs is None else probs[some], linear_bias=leaves[2],
+        class_weight=None if c is None else c.double(), softcap=softcap or None,
+        **{"bucket": False, "label_smoothing": 0.0, "z_loss": 0.0, "temperature": 1.0, "logit_scale": 1.0, "dense": None,
+           **options})
+    grads = torch.autograd.grad((loss * scale[some].double()).sum(), [t for t in leaves if t is not None])
+    for rows, columns in itertools.product((1, 64, 1000), (WHOLE, 252, 504)):
+        results = call(x, w, b, ids, probs, c, scale[some], index=index, rows=rows, columns=columns, softcap=softcap,
+                       **options)
+        found = [error(got, ref.detach()) for got, ref in zip(results[:3], (loss, nll, lse), strict=True)]
+        assert max(found) <= 2e-6, (rows, columns, found)
+        found = [error(got, ref) for got, ref in zip([t for t in results[3:] if t is not None], grads, strict=True)]
+        assert max(found) <= TOLERANCE[x.dtype], (rows, columns, found)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("n", "d", "v"), [
+    (1, 1, 2), (1, 8, 7), (63, 5, 251), (64, 6, 252), (65, 47, 253), (131, 48, 505), (70, 33, 2050), (200, 65, 1009)])
+def test_edges(n, d, v, dtype):
+    check(*problem(n, d, v, dtype))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("given", "options"), [
+    ({"bias": False}, {}),
+    ({}, {"softcap": 3.0, "logit_scale": 1.5, "temperature": 0.7}),
+    ({"class_weight": True}, {"label_smoothing": 0.1, "z_loss": 0.01}),
+    ({}, {"softcap": 2.0, "label_smoothing": 0.2}),
+    ({"k": 5}, {}),
+    ({"k": 5}, {"bucket": True, "temperature": 0.5}),
+    ({"k": 5}, {"bucket": True, "softcap": 4.0})])
+def test_options(given, options, dtype):
+    check(*problem(101, 40, 701, dtype, **given), **options)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_some_rows(dtype):
+    check(*problem(150, 24, 600, dtype), index=torch.arange(1, 150, 3))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_weight_of_other_strides_and_dtype(dtype):
+    x, w, *rest = problem(90, 30, 300, dtype)
+    expected = call(x, w, *rest)
+    strided = call(x, w.t().contiguous().t(), *rest)
+    cast = call(x.float(), w.float(), *rest, dtype=dtype)
+    assert all(torch.equal(a, e) for a, e in zip(strided, expected, strict=True))
+    for a, e in zip(cast, expected, strict=True):
+        assert a.dtype == torch.float32
+        assert error(a, e.double()) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_bits_depend_on_neither_chunks_nor_threads(dtype):
+    """Every token's sums have one order; those of the weight's gradient have one for each chunk of tokens."""
+    given, threads = problem(300, 40, 1500, dtype), torch.get_num_threads()
+    expected = call(*given, rows=300)
+    try:
+        for count in (1, 2, 4):
+            torch.set_num_threads(count)
+            again, chunked = call(*given, rows=300), call(*given, rows=64)
+            assert all(torch.equal(a, e) for a, e in zip(again, expected, strict=True))
+            assert all(torch.equal(a, e) for a, e in zip(chunked[:4], expected[:4], strict=True))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+@pytest.mark.parametrize("columns", [WHOLE, 252])
+def test_nan_and_infinity(dtype, softcap, columns):
+    x, w, b, *rest = problem(70, 16, 503, dtype)
+    b[::2] = -torch.inf                                     # tokens whose label that is have an infinite loss
+    rest[0][:] |= 1
+    rest[0].clamp_(max=501)
+    x[3] = torch.nan
+    loss, _, lse, d_input, d_weight, d_bias = call(x, w, b, *rest, softcap=softcap, columns=columns)
+    fine = torch.arange(70) != 3
+    assert loss[3].isnan() and d_input[3].isnan().all() and d_weight.isnan().all()
+    assert loss[fine].isfinite().all() and lse[fine].isfinite().all() and d_input[fine].isfinite().all()
+    if not softcap:
+        x[3] = 0
+        d_weight, d_bias = call(x, w, b, *rest, columns=columns)[4:]
+        assert (d_weight[::2] == 0).all() and (d_bias[::2] == 0).all() and (d_bias[1::2] != 0).all()
+
+
+def test_all_logits_of_a_tile_are_minus_infinity():
+    x, w, b, ids, *rest = problem(5, 8, 800, torch.float32)
+    b[:504] = -torch.inf
+    check(x, w, b, ids.clamp(min=504), *rest)
+
+
+def test_no_rows():
+    x, w, b, ids, probs, c, scale = problem(0, 8, 20, torch.float32)
+    loss, _, _, d_input, d_weight, d_bias = call(x, w, b, ids, probs, c, scale)
+    assert loss.shape == (0,) and d_input.shape == (0, 8) and not d_weight.any() and not d_bias.any()
+
+
+def test_bad_id_is_named():
+    x, w, b, ids, *rest = problem(70, 8, 20, torch.float32)
+    ids[66] = 20
+    with pytest.raises(IndexError, match=r"ids: expected 0 <= id < V = 20, got 20"):
+        call(x, w, b, ids, *rest)
+
+
+def test_instruction_sets_agree(isas, tmp_path):  # noqa: F811
+    cases = [problem(70, 33, 601, dtype, k=k) for dtype in TOLERANCE for k in (0, 5)]
+    torch.save(cases, tmp_path / "cases.pt")
+    code = """
+results = []
+for x, w, b, ids, probs, c, scale in torch.load("cases.pt"):
+    for softcap in (0.0, 3.0):
+        results.append(native.linear_cross_entropy(
+            x, w, b, ids, probs, c, None, scale, x.dtype, [True] * 3, False, 64, 1 << 40, softcap=softcap,
+            bucket=probs is not None))
+torch.save(results, native.cpu_isa() + ".pt")
+"""
+    levels = []
+    for isa in isas:
+        python(code, tmp_path, SSD_CORE_CPU_ISA=isa)
+        levels.append(torch.load(tmp_path / f"{isa}.pt"))
+    for level in levels[1:]:
+        for got, expected in zip(level, levels[0], strict=True):
+            assert max(error(a, e.double()) for a, e in zip(got[:3], expected[:3], strict=True)) <= 2e-6
+            assert max(error(a, e.double()) for a, e in zip(got, expected, strict=True)) <= TOLERANCE[expected[3].dtype]
+    flat = [torch.cat([results[4].flatten().float() for results in level]) for level in levels]
+    assert all(not torch.equal(a, e) for a, e in itertools.combinations(flat, 2))   # and are different code
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one processor")
+def test_what_it_holds_is_what_it_says():
+    for rows, columns in ((64, 252), (64, 49152), (640, 49152)):
+        more = native.linear_cross_entropy_bytes(2 * rows, columns, 49152, 576, 1, torch.float32, False)
+        less = native.linear_cross_entropy_bytes(rows, columns, 49152, 576, 1, torch.float32, False)
+        assert rows * columns * 4 < less < more <= 2 * less
