@@ -62,10 +62,11 @@ def tile_shape(dtype: torch.dtype) -> tuple[int, int]:
 
 
 def linear_cross_entropy_bytes(
-    rows: int, columns: int, vocab: int, hidden: int, support: int, dtype: torch.dtype, softcap: bool
+    rows: int, columns: int, vocab: int, hidden: int, support: int, dtype: torch.dtype, softcap: bool, smoothing: bool
 ) -> int:
     """Bytes that ``linear_cross_entropy`` holds at most, beyond inputs and gradients, in such chunks."""
-    return _extension().linear_cross_entropy_bytes(rows, columns, vocab, hidden, support, dtype, softcap)
+    return _extension().linear_cross_entropy_bytes(
+        rows, columns, vocab, hidden, support, dtype, softcap, smoothing)
 
 
 def linear_cross_entropy(

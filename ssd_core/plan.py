@@ -53,6 +53,7 @@ class Demand:
     d_weight: bool = True       # a gradient of the weight is added up
     compiled: bool = False      # by backend "cpu", whose extension says what it needs
     softcap: bool = False
+    smoothing: bool = False
 
     def fixed(self) -> int:
         """Bytes that do not depend on the plan, but for the row pass's own buffers."""
@@ -136,13 +137,13 @@ def _plan_panels(demand: Demand, workspace_bytes: int) -> ChunkPlan:
     def needed(p: int, t: int) -> int:
         return native.linear_cross_entropy_bytes(
             p * panel, demand.vocab if t == tiles else t * tile, demand.vocab, demand.hidden, demand.support,
-            demand.dtype, demand.softcap)
+            demand.dtype, demand.softcap, demand.smoothing)
 
     def fit(most: int, bytes_of) -> int:
         """The largest number up to ``most`` that fits, or 0."""
         return bisect.bisect_right(range(1, most + 1), workspace_bytes, key=bytes_of)
 
-    expected = f"at least {needed(1, 1)} for {min(tile, demand.vocab)} logits of {panel} tokens"
+    expected = f"at least {needed(1, 1)} for {panel * min(tile, demand.vocab)} logits"
     expect(needed(1, 1) <= workspace_bytes, "workspace_bytes", expected, workspace_bytes)
     plans = []
     whole = fit(panels, lambda p: needed(p, tiles))

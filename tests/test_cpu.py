@@ -167,13 +167,18 @@ torch.save(results, native.cpu_isa() + ".pt")
         for got, expected in zip(level, levels[0], strict=True):
             assert max(error(a, e.double()) for a, e in zip(got[:3], expected[:3], strict=True)) <= 2e-6
             assert max(error(a, e.double()) for a, e in zip(got, expected, strict=True)) <= TOLERANCE[expected[3].dtype]
+    # Every sum has one order, whatever the width of the vectors: what has the same instructions has the same bits.
     flat = [torch.cat([results[4].flatten().float() for results in level]) for level in levels]
-    assert all(not torch.equal(a, e) for a, e in itertools.combinations(flat, 2))   # and are different code
+    flat = dict(zip(isas, flat, strict=True))
+    if "avx512" in isas:
+        assert torch.equal(flat["avx2"], flat["avx512"]) and not torch.equal(flat["baseline"], flat["avx2"])
+    if "avx512bf16" in isas:
+        assert not torch.equal(flat["avx512"], flat["avx512bf16"])
 
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one processor")
 def test_what_it_holds_is_what_it_says():
     for rows, columns in ((64, 252), (64, 49152), (640, 49152)):
-        more = native.linear_cross_entropy_bytes(2 * rows, columns, 49152, 576, 1, torch.float32, False)
-        less = native.linear_cross_entropy_bytes(rows, columns, 49152, 576, 1, torch.float32, False)
+        more = native.linear_cross_entropy_bytes(2 * rows, columns, 49152, 576, 1, torch.float32, False, False)
+        less = native.linear_cross_entropy_bytes(rows, columns, 49152, 576, 1, torch.float32, False, False)
         assert rows * columns * 4 < less < more <= 2 * less

@@ -725,9 +725,10 @@ std::tuple<int64_t, int64_t> tile_shape(at::ScalarType dtype) {
   return {words_of(dtype, false).kernels->panel, kTile};
 }
 
-// What Call::allocate and its methods hold, were all options set.
+// What Call::allocate and its methods hold, if all gradients are asked for, rows gathered and the weight cast.
 int64_t linear_cross_entropy_bytes(
-    int64_t rows, int64_t columns, int64_t vocab, int64_t hidden, int64_t support, at::ScalarType dtype, bool softcap) {
+    int64_t rows, int64_t columns, int64_t vocab, int64_t hidden, int64_t support, at::ScalarType dtype, bool softcap,
+    bool smoothing) {
   const Words words = words_of(dtype, softcap);
   const int64_t panel = words.kernels->panel, tiles = divide_up(vocab, kTile), threads = at::get_num_threads();
   rows = divide_up(rows, panel) * panel;
@@ -736,7 +737,7 @@ int64_t linear_cross_entropy_bytes(
   const int64_t kept = rows * columns * words.kept_element();
   const int64_t states = rows * (hidden + 1 + width) * words.element() + rows * hidden * (4 + words.element());
   const int64_t d_input = rows * hidden * (4 + 4 + 2);
-  const int64_t statistics = rows * ((tiles + 1) * 4 * 4 + 3 * 4) + vocab * 4;
+  const int64_t statistics = rows * ((tiles + 1) * 4 * (smoothing ? 4 : 2) + 3 * 4) + (dtype == at::kFloat ? 0 : vocab * 4);
   const int64_t targets = rows * (support * (3 * sizeof(Entry)) + sizeof(RowTerms) + 3 * 8) + tiles * 16 + vocab / 8;
   const int64_t thread = (kTile + 1) * (panel * 4 * 2 + rows * words.element() + 2 * (hidden + 1) * 4);
   return kept + states + d_input + statistics + targets + threads * thread;

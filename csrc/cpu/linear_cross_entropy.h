@@ -41,7 +41,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
 // Bytes that it holds at most, beyond inputs and gradients, in chunks of so many rows and columns. Rows come in whole
 // panels and columns in whole tiles, or all.
 int64_t linear_cross_entropy_bytes(
-    int64_t rows, int64_t columns, int64_t vocab, int64_t hidden, int64_t support, at::ScalarType dtype, bool softcap);
+    int64_t rows, int64_t columns, int64_t vocab, int64_t hidden, int64_t support, at::ScalarType dtype, bool softcap,
+    bool smoothing);
 
 // Rows of a panel, columns of a tile.
 std::tuple<int64_t, int64_t> tile_shape(at::ScalarType dtype);

@@ -10,8 +10,8 @@
 
 namespace ssd_core::cpu {
 
-// c (m, panel) = [c +] a (m, k words) b (k words, panel): strides of a and b in bytes, of c in floats. The words of c_ij
-// are added in the order of k, whatever m.
+// c (m, panel) = [c +] a (m, k words) b (k words, panel): strides of a and b in bytes, of c in floats. The products
+// of a c_ij are summed in the order of k, whatever m, and then added: a long sum comes in parts and keeps its digits.
 using Gemm = void (*)(
     const void* a, int64_t a_row, int64_t a_col, const void* b, int64_t b_row, float* c, int64_t c_row, int64_t m,
     int64_t k, bool add);

@@ -35,14 +35,7 @@ struct Bfloat16Pairs {
 template <class Words, int kM, bool kAdd>
 SSD_CORE_INLINE void multiply_rows(
     const char* a, int64_t a_row, int64_t a_col, const char* b, int64_t b_row, float* c, int64_t c_row, int64_t k) {
-  Vec sum[kM][kVectors];
-#pragma GCC unroll 16
-  for (int i = 0; i < kM; ++i) {
-#pragma GCC unroll 16
-    for (int j = 0; j < kVectors; ++j) {
-      sum[i][j] = kAdd ? load(c + i * c_row + j * kLanes) : Vec{};
-    }
-  }
+  Vec sum[kM][kVectors] = {};
   for (int64_t l = 0; l < k; ++l) {
     Vec x[kVectors];
 #pragma GCC unroll 16
@@ -63,7 +56,8 @@ SSD_CORE_INLINE void multiply_rows(
   for (int i = 0; i < kM; ++i) {
 #pragma GCC unroll 16
     for (int j = 0; j < kVectors; ++j) {
-      keep(c + i * c_row + j * kLanes, sum[i][j]);
+      float* out = c + i * c_row + j * kLanes;
+      keep(out, kAdd ? load(out) + sum[i][j] : sum[i][j]);
     }
   }
 }

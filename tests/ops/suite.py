@@ -289,8 +289,10 @@ def _records(name):
     return [record for record in BACKENDS if record.op == name and (not record.devices or "cpu" in record.devices)]
 
 
-def each_backend(name: str):
-    return pytest.mark.parametrize("backend", backends(name))
+def each_backend(name: str, option: str = ""):
+    """Or each that has the option."""
+    lacking = [record.name for record in _records(name) if option in record.lacks]
+    return pytest.mark.parametrize("backend", [name for name in backends(name) if name not in lacking])
 
 
 def each_case(name: str):

@@ -11,6 +11,7 @@ from ssd_core.ops.linear_cross_entropy import LossStats
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 OP = OPS["cross_entropy-hard"]
+each_dense_backend = each_backend(OP.name, "class probabilities")
 each_backend, each_case = each_backend(OP.name), each_case(OP.name)
 RANDOM = torch.Generator().manual_seed(0)
 WEIGHT = torch.rand(601, generator=RANDOM) + 0.1
@@ -48,15 +49,25 @@ def test_class_weights(backend, dtype, smoothing, reduction):
              seeds=pool(dtype))
 
 
+each_option = pytest.mark.parametrize("options", [
+    {}, {"weight": WEIGHT}, {"label_smoothing": 0.2}, {"weight": WEIGHT, "label_smoothing": 0.2}],
+    ids=lambda options: "-".join(options))
+
+
 @each_backend
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("options", [{}, {"weight": WEIGHT}, {"label_smoothing": 0.2},
-                                     {"weight": WEIGHT, "label_smoothing": 0.2}], ids=lambda options: "-".join(options))
+@each_option
 def test_it_is_pytorchs(backend, reduction, options):
     z, y = on_logits(hard())(0)
     same(cross_entropy(z, y, reduction=reduction, backend=backend, **options),
          F.cross_entropy(z, y, reduction=reduction, **options), z)
-    z, y = on_logits(hard(ignored=0))(0)
+
+
+@each_dense_backend
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@each_option
+def test_class_probabilities_are_pytorchs(backend, reduction, options):
+    z, _ = on_logits(hard(ignored=0))(0)
     dense = F.softmax(torch.randn(131, 601, generator=RANDOM), -1)
     same(cross_entropy(z, dense, reduction=reduction, backend=backend, **options),
          F.cross_entropy(z, dense, reduction=reduction, **options), z)
@@ -92,7 +103,7 @@ def test_importance_weights_may_repeat_ids_and_not_sum_to_one(backend):
     same(cross_entropy(z, SparseTarget(ids, torch.full(ids.shape, 0.75)), backend=backend), 0.75 * sum(each), z)
 
 
-@each_backend
+@each_dense_backend
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("kind", ["hard", "sparse", "dense"])
 def test_shift_predicts_the_next_token(backend, reduction, kind):
