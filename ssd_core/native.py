@@ -62,11 +62,12 @@ def tile_shape(dtype: torch.dtype) -> tuple[int, int]:
 
 
 def linear_cross_entropy_bytes(
-    rows: int, columns: int, vocab: int, hidden: int, support: int, dtype: torch.dtype, softcap: bool, smoothing: bool
+    rows: int, columns: int, vocab: int, hidden: int, support: int, dtype: torch.dtype, softcap: bool, smoothing: bool,
+    cast: bool,
 ) -> int:
     """Bytes that ``linear_cross_entropy`` holds at most, beyond inputs and gradients, in such chunks."""
     return _extension().linear_cross_entropy_bytes(
-        rows, columns, vocab, hidden, support, dtype, softcap, smoothing)
+        rows, columns, vocab, hidden, support, dtype, softcap, smoothing, cast)
 
 
 def linear_cross_entropy(

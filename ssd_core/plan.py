@@ -19,7 +19,8 @@ ACCELERATOR_WORKSPACE = 512 * MIB
 NARROWEST = 64                          # columns of a tile: sums over many more tiles would lose digits
 LOOK = 30                               # bytes that a look at a logit moves; measured on two Zen 5 cores
 BALANCE = {2: (35, 250), 4: (13, 100), 8: (6, 20)}  # FLOP in the time of a byte, by item size: CPU, accelerator
-COMPILED_BALANCE = {2: 40, 4: 20}       # of backend "cpu"
+# of backend "cpu", which looks at logits in cache: the same, and what computing them again costs, in products
+COMPILED_BALANCE, COMPILED_AGAIN = {2: 35, 4: 16}, 0.65
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,12 +133,13 @@ def _square(demand: Demand, free: int) -> tuple[int, int]:
 def _plan_panels(demand: Demand, workspace_bytes: int) -> ChunkPlan:
     """The same for the compiled kernels: rows in whole panels, and columns in whole tiles or all."""
     panel, tile = native.tile_shape(demand.dtype)
+    threads = torch.get_num_threads()
     panels, tiles = -(-max(1, demand.tokens) // panel), -(-demand.vocab // tile)
 
     def needed(p: int, t: int) -> int:
         return native.linear_cross_entropy_bytes(
             p * panel, demand.vocab if t == tiles else t * tile, demand.vocab, demand.hidden, demand.support,
-            demand.dtype, demand.softcap, demand.smoothing)
+            demand.dtype, demand.softcap, demand.smoothing, demand.cast)
 
     def fit(most: int, bytes_of) -> int:
         """The largest number up to ``most`` that fits, or 0."""
@@ -149,12 +151,14 @@ def _plan_panels(demand: Demand, workspace_bytes: int) -> ChunkPlan:
     whole = fit(panels, lambda p: needed(p, tiles))
     if whole:
         plans.append((_cost(demand, whole * panel, 0), whole, tiles))
-    if not whole or plans[0][0] > 4:        # or else to compute logits again costs more
+    if not whole or plans[0][0] > 3 + COMPILED_AGAIN:
         p = fit(panels, lambda p: needed(p, 1))
         while p:
-            plans.append((_cost(demand, p * panel, 1), p, fit(tiles - 1, lambda t, p=p: needed(p, t))))
+            t = fit(tiles - 1, lambda t, p=p: needed(p, t))
+            idle = -(-t // threads) * threads / t if t else math.inf        # threads share the tiles
+            plans.append((_cost(demand, p * panel, 1) * idle, p, t))
             p = p * 3 // 4
-    _, p, t = min((plan for plan in plans if plan[2]), key=lambda plan: plan[0])
+    _, p, t = min(plans)
     return ChunkPlan(p * panel, tile, demand.vocab if t == tiles else t * tile)
 
 
@@ -162,6 +166,9 @@ def _cost(demand: Demand, rows: int, recomputed: int) -> float:
     """Of a call in products: those that any plan needs, the logits computed and looked at again, ``LOOK`` bytes for 2 D
     FLOP, and d_weight added up, 8 bytes for 2 ``rows`` FLOP."""
     itemsize = demand.dtype.itemsize
-    balance = COMPILED_BALANCE[itemsize] if demand.compiled else BALANCE[itemsize][demand.device.type != "cpu"]
-    again = recomputed * (1 + LOOK * balance / (2 * demand.hidden))
+    if demand.compiled:
+        balance, again = COMPILED_BALANCE[itemsize], recomputed * COMPILED_AGAIN
+    else:
+        balance = BALANCE[itemsize][demand.device.type != "cpu"]
+        again = recomputed * (1 + LOOK * balance / (2 * demand.hidden))
     return 3 + again + (4 * balance / rows if demand.d_weight else 0)

@@ -179,6 +179,6 @@ torch.save(results, native.cpu_isa() + ".pt")
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one processor")
 def test_what_it_holds_is_what_it_says():
     for rows, columns in ((64, 252), (64, 49152), (640, 49152)):
-        more = native.linear_cross_entropy_bytes(2 * rows, columns, 49152, 576, 1, torch.float32, False, False)
-        less = native.linear_cross_entropy_bytes(rows, columns, 49152, 576, 1, torch.float32, False, False)
+        more = native.linear_cross_entropy_bytes(2 * rows, columns, 49152, 576, 1, torch.float32, False, False, False)
+        less = native.linear_cross_entropy_bytes(rows, columns, 49152, 576, 1, torch.float32, False, False, False)
         assert rows * columns * 4 < less < more <= 2 * less

@@ -8,6 +8,10 @@
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -28,6 +32,21 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 int64_t divide_up(int64_t n, int64_t by) {
   return (n + by - 1) / by;
+}
+
+// Uninitialised, and in huge pages where the system gives them: page faults of a large tensor that is used once cost as
+// much as a tenth of the call.
+at::Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  at::Tensor x = at::empty(sizes, options);
+#if defined(__linux__)
+  constexpr uintptr_t kHuge = 2 << 20;
+  const auto begin = (reinterpret_cast<uintptr_t>(x.data_ptr()) + kHuge - 1) / kHuge * kHuge;
+  const auto end = (reinterpret_cast<uintptr_t>(x.data_ptr()) + x.nbytes()) / kHuge * kHuge;
+  if (begin < end) {
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: it may fail
+  }
+#endif
+  return x;
 }
 
 // What products are made of: float32 words, or bfloat16 pairs where the machine multiplies those.
@@ -248,8 +267,8 @@ class Call {
     for (int64_t begin = 0; begin < count_; begin += chunk_) {
       run_chunk(begin, std::min(chunk_, count_ - begin));
     }
-    if (d_weight_.defined() && !keep_float32_) {
-      d_weight_ = d_weight_.to(weight_tensor_.scalar_type());
+    if (d_weight_.defined() && !keep_float32_ && d_weight_.scalar_type() != weight_tensor_.scalar_type()) {
+      d_weight_ = empty(weight_tensor_.sizes(), weight_tensor_.options()).copy_(d_weight_);
     }
     if (d_bias_.defined() && !keep_float32_) {
       d_bias_ = d_bias_.to(given_.bias.scalar_type());
@@ -260,30 +279,30 @@ class Call {
  private:
   void allocate(bool scaled) {
     const auto floats = input_.options().dtype(at::kFloat);
-    const auto bytes = [&](int64_t n) { return at::empty({std::max<int64_t>(n, 1)}, input_.options().dtype(at::kByte)); };
+    const auto bytes = [&](int64_t n) { return empty({std::max<int64_t>(n, 1)}, input_.options().dtype(at::kByte)); };
     bias_ = given_.bias.defined() ? given_.bias.to(at::kFloat).contiguous() : at::Tensor();
     const int64_t panels = chunk_ / panel_, depth = words_.words(hidden_), coordinates = divide_up(hidden_, panel_);
     kept_stride_ = divide_up(std::min(span_ * kTile, vocab_), 2) * 2 * panel_ * words_.kept_element();
     by_token_ = bytes(panels * depth * panel_ * 4);
     stats_ = divide_up(tiles_, 2) * 2 * panel_;
-    max_ = at::empty({panels * stats_}, floats);
-    sum_ = at::empty({panels * stats_}, floats);
+    max_ = empty({panels * stats_}, floats);
+    sum_ = empty({panels * stats_}, floats);
     if (options_.label_smoothing > 0) {
-      spread_ = at::empty({2 * panels * stats_}, floats);
+      spread_ = empty({2 * panels * stats_}, floats);
     }
     if (scaled) {
       kept_ = bytes(panels * kept_stride_);
-      factor_ = at::empty({3 * chunk_}, floats);
+      factor_ = empty({3 * chunk_}, floats);
     }
     if (needs_[0]) {
       d_input_ = at::zeros_like(input_);
-      d_tokens_ = at::empty({panels, hidden_, panel_}, floats);
+      d_tokens_ = empty({panels, hidden_, panel_}, floats);
     }
     if (needs_[1]) {
       by_coordinate_ = bytes(coordinates * words_.words(chunk_) * panel_ * 4);
       const bool once = count_ <= chunk_ && !keep_float32_;
       const auto dtype = once ? weight_tensor_.scalar_type() : at::kFloat;
-      d_weight_ = count_ > 0 ? at::empty(weight_tensor_.sizes(), weight_tensor_.options().dtype(dtype))
+      d_weight_ = count_ > 0 ? empty(weight_tensor_.sizes(), weight_tensor_.options().dtype(dtype))
                              : at::zeros(weight_tensor_.sizes(), weight_tensor_.options().dtype(dtype));
     }
     if (needs_[2]) {
@@ -319,8 +338,10 @@ class Call {
       if (!whole) {
         exponentials(first, last, true, false);
       }
-      // in steps whose gradient is still in cache when d_input's product reads it
-      const int64_t step = std::max<int64_t>(4, kStepBytes / (kTile * n_ * words_.element()));
+      // in steps whose gradient is still in cache when d_input's product reads it, and that threads share evenly
+      const int64_t steps = divide_up((last - first) * kTile * n_ * words_.element(), kStepBytes);
+      const int64_t threads = at::get_num_threads();
+      const int64_t step = divide_up(divide_up(last - first, steps), threads) * threads;
       for (int64_t tile = first; tile < last; tile += step) {
         gradients(tile, std::min(tile + step, last), first);
         if (needs_[0]) {
@@ -725,10 +746,10 @@ std::tuple<int64_t, int64_t> tile_shape(at::ScalarType dtype) {
   return {words_of(dtype, false).kernels->panel, kTile};
 }
 
-// What Call::allocate and its methods hold, if all gradients are asked for, rows gathered and the weight cast.
+// What Call::allocate and its methods hold, if all gradients are asked for and rows are gathered.
 int64_t linear_cross_entropy_bytes(
     int64_t rows, int64_t columns, int64_t vocab, int64_t hidden, int64_t support, at::ScalarType dtype, bool softcap,
-    bool smoothing) {
+    bool smoothing, bool cast) {
   const Words words = words_of(dtype, softcap);
   const int64_t panel = words.kernels->panel, tiles = divide_up(vocab, kTile), threads = at::get_num_threads();
   rows = divide_up(rows, panel) * panel;
@@ -739,8 +760,10 @@ int64_t linear_cross_entropy_bytes(
   const int64_t d_input = rows * hidden * (4 + 4 + 2);
   const int64_t statistics = rows * ((tiles + 1) * 4 * (smoothing ? 4 : 2) + 3 * 4) + (dtype == at::kFloat ? 0 : vocab * 4);
   const int64_t targets = rows * (support * (3 * sizeof(Entry)) + sizeof(RowTerms) + 3 * 8) + tiles * 16 + vocab / 8;
-  const int64_t thread = (kTile + 1) * (panel * 4 * 2 + rows * words.element() + 2 * (hidden + 1) * 4);
-  return kept + states + d_input + statistics + targets + threads * thread;
+  const bool packed = cast || (words.pairs ? hidden % 2 != 0 : dtype != at::kFloat);
+  const int64_t thread = (kTile + 1) * (panel * 4 * 2 + rows * words.element() + (packed ? (hidden + 1) * 4 : 0));
+  const int64_t paired = words.pairs ? kTile / 2 * (hidden + 6 * threads) * 4 : 0;
+  return kept + states + d_input + statistics + targets + threads * thread + paired;
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_cross_entropy(

@@ -39,10 +39,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     bool bucket);
 
 // Bytes that it holds at most, beyond inputs and gradients, in chunks of so many rows and columns. Rows come in whole
-// panels and columns in whole tiles, or all.
+// panels and columns in whole tiles, or all; `cast`: the weight is of another dtype, or its rows are not contiguous.
 int64_t linear_cross_entropy_bytes(
     int64_t rows, int64_t columns, int64_t vocab, int64_t hidden, int64_t support, at::ScalarType dtype, bool softcap,
-    bool smoothing);
+    bool smoothing, bool cast);
 
 // Rows of a panel, columns of a tile.
 std::tuple<int64_t, int64_t> tile_shape(at::ScalarType dtype);

@@ -74,7 +74,7 @@ def _linear_cross_entropy(
     demand = Demand(
         len(input) if rows is None else len(rows), input.shape[1],
         groups.largest(len(linear_weight), input.device, group), ids.shape[1], dtype, input.device,
-        gathered=rows is not None, cast=linear_weight.dtype != dtype, d_weight=needs[1],
+        gathered=rows is not None, cast=linear_weight.dtype != dtype or linear_weight.stride(1) != 1, d_weight=needs[1],
         compiled=serving.name == "cpu", softcap=numbers.softcap > 0, smoothing=numbers.label_smoothing > 0,
         wide_input=bool(process_group or any(filters)), filtered=any(filters),
         buffers=6 + (bucket or dense is not None) + (numbers.temperature != 1))
