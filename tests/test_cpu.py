@@ -73,7 +73,8 @@ def test_edges(n, d, v, dtype):
     ({}, {"softcap": 2.0, "label_smoothing": 0.2}),
     ({"k": 5}, {}),
     ({"k": 5}, {"bucket": True, "temperature": 0.5}),
-    ({"k": 5}, {"bucket": True, "softcap": 4.0})])
+    ({"k": 5}, {"bucket": True, "softcap": 4.0}),
+    ({"k": 5}, {"bucket": True, "label_smoothing": 0.1})])
 def test_options(given, options, dtype):
     check(*problem(101, 40, 701, dtype, **given), **options)
 

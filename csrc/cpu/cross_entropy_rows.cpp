@@ -2,6 +2,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+#include <c10/util/BFloat16.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -100,7 +101,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> cross_entropy_rows_(
   const float* scale_data = data_or_null(row_scale_c);
   check_ids(id_data, prob_data, rows, width, vocab);
   const RowKernels& kernels = active_row_kernels();
-  const RowKernel kernel = is_bfloat16 ? kernels.bfloat16 : kernels.float32;
+  const RowSumsKernel sums = is_bfloat16 ? kernels.bfloat16_sums : kernels.float32_sums;
+  const RowGradientKernel gradient = is_bfloat16 ? kernels.bfloat16_gradient : kernels.float32_gradient;
 
   const auto result_options = logits.options().dtype(at::kFloat);
   at::Tensor loss = at::empty({rows}, result_options);
@@ -122,16 +124,27 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> cross_entropy_rows_(
     TargetReader reader(width, vocab);
     const std::unique_ptr<float[]> scratch(needs_scratch ? new float[vocab] : nullptr);
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t* row_ids = id_data + i * width;
-      RowTarget target = reader.read(row_ids, prob_data ? prob_data + i * width : nullptr, width, bucket);
-      if (options.class_weight) {
-        target.class_weight = options.class_weight[row_ids[0]];
+      const RowTarget target =
+          reader.read(id_data + i * width, prob_data ? prob_data + i * width : nullptr, options, bucket);
+      char* row = logit_data + i * row_bytes;
+      const RowSums found =
+          sums(options, row, target.entries, target.count, target.tail > 0, scale_data != nullptr, scratch.get());
+      const RowTerms terms = finish_row(options, found, target, scale_data ? scale_data[i] : 0.0f);
+      loss_data[i] = terms.loss;
+      nll_data[i] = terms.nll;
+      lse_data[i] = terms.lse;
+      if (!scale_data) {
+        continue;
       }
-      const float* row_scale_i = scale_data ? scale_data + i : nullptr;
-      const RowResult result = kernel(options, logit_data + i * row_bytes, target, row_scale_i, scratch.get());
-      loss_data[i] = result.loss;
-      nll_data[i] = result.nll;
-      lse_data[i] = result.lse;
+      gradient(options, row, terms.gradient, scratch.get());
+      for (int64_t k = 0; k < target.count; ++k) {
+        const float g = target_gradient(options, terms, target.entries[k]);
+        if (is_bfloat16) {
+          reinterpret_cast<c10::BFloat16*>(row)[target.entries[k].id] = g;
+        } else {
+          reinterpret_cast<float*>(row)[target.entries[k].id] = g;
+        }
+      }
     }
   });
   return {loss, nll, lse};

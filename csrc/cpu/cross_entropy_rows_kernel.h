@@ -17,34 +17,46 @@ struct RowOptions {
   float temperature;          // > 0
   double label_smoothing;
   double z_loss;
+  // v = u + b, or tanh(cap_slope * (u + b)) with a softcap; z = slope * v
+  float cap_slope;
+  float slope;
 };
 
-// One row's target: the distinct ids of its support.
-struct RowTarget {
-  const int64_t* ids;     // (count,)
-  const double* weights;  // (count,)
-  float* values;          // (count,) workspace
-  int64_t count;
-  double weight_sum;    // S
-  double tail;          // p_tail: mass on the ids outside the support, 0 without bucket
-  double class_weight;  // c_y
+// An id of a row's support.
+struct TargetEntry {
+  int64_t id;
+  double weight;
+  float value;  // v, found in the row
 };
 
-struct RowResult {
-  float loss;
-  float nll;
-  float lse;
+// What a pass over a row finds. If the target has a tail, without the support, whose v are replaced by -inf.
+struct RowSums {
+  float max;      // of v
+  double sum;     // sum_j exp(slope * (v_j - max))
+  double spread;  // sum_j c_j (max - v_j) of the whole row, only with label smoothing
 };
 
-// logits: (V,) float or bfloat16. row_scale null: forward only, logits are not written; else they become the gradient.
-// scratch: (V,) or null, which is allowed for float logits if they may be written or nothing needs to be kept.
-using RowKernel = RowResult (*)(
-    const RowOptions& options, void* logits, const RowTarget& target, const float* row_scale, float* scratch);
+// du_j = (mass * exp(slope * (v_j - max)) - uniform * c_j) [* (1 - v_j^2) with softcap]
+struct RowGradient {
+  float max;
+  float mass;
+  float uniform;
+};
+
+// logits: (V,) float or bfloat16. scratch: (V,), or null for float logits if they may be written or nothing needs to be
+// kept; without softcap it then holds the exponentials if keep_exp, which the gradient reads.
+using RowSumsKernel = RowSums (*)(
+    const RowOptions& options, void* logits, TargetEntry* targets, int64_t count, bool tail, bool keep_exp,
+    float* scratch);
+// Overwrites the logits.
+using RowGradientKernel = void (*)(const RowOptions& options, void* logits, const RowGradient& row, float* scratch);
 using MapKernel = void (*)(const float* x, float* y, int64_t count);
 
 struct RowKernels {
-  RowKernel float32;
-  RowKernel bfloat16;
+  RowSumsKernel float32_sums;
+  RowSumsKernel bfloat16_sums;
+  RowGradientKernel float32_gradient;
+  RowGradientKernel bfloat16_gradient;
   MapKernel exp;   // x <= 0
   MapKernel tanh;
 };

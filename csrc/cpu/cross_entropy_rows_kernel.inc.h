@@ -98,17 +98,12 @@ double spread_sum(const float* v, float max, const float* class_weight, int64_t 
   });
 }
 
-struct GradientTerms {
-  float max, slope;     // with softcap: e_j = exp(slope * (v_j - max))
-  float mass, uniform;  // du_j = (mass * e_j - uniform * c_j) * (1 - v_j^2 with softcap)
-  const float* class_weight;
-};
-
 // x: e_j without softcap, v_j with it (keeping both would take another scratch row). du may be x itself.
 template <class T, bool kSoftcap, bool kClassWeight>
-void gradient_row(const float* x, const GradientTerms& terms, T* du, int64_t n) {
-  const float max = terms.max, slope = terms.slope, mass = terms.mass, uniform = terms.uniform;
-  const float* class_weight = terms.class_weight;
+void gradient_row(const float* x, const RowOptions& options, const RowGradient& row, T* du) {
+  const int64_t n = options.vocab;
+  const float max = row.max, slope = options.slope, mass = row.mass, uniform = row.uniform;
+  const float* class_weight = options.class_weight;
 #pragma omp simd
   for (int64_t j = 0; j < n; ++j) {
     const float e = kSoftcap ? exp_nonpositive(slope * (x[j] - max)) : x[j];
@@ -134,15 +129,6 @@ float load_row(const T* u, const float* bias, bool softcap, float cap_slope, flo
                : load_row<T, false, false, false>(u, bias, cap_slope, v, n);
 }
 
-template <class T>
-void gradient_row(const float* x, const GradientTerms& terms, bool softcap, T* du, int64_t n) {
-  if (softcap) {
-    terms.class_weight ? gradient_row<T, true, true>(x, terms, du, n) : gradient_row<T, true, false>(x, terms, du, n);
-  } else {
-    terms.class_weight ? gradient_row<T, false, true>(x, terms, du, n) : gradient_row<T, false, false>(x, terms, du, n);
-  }
-}
-
 inline float* as_floats(float* p) {
   return p;
 }
@@ -151,93 +137,46 @@ inline float* as_floats(bfloat16*) {
   return nullptr;  // bfloat16 rows always come with scratch
 }
 
-// Scalars of a row are float64: they cost nothing, and a loss is a difference of them.
 template <class T>
-RowResult row_kernel(
-    const RowOptions& options, void* logits, const RowTarget& target, const float* row_scale, float* scratch) {
+RowSums row_sums(
+    const RowOptions& options, void* logits, TargetEntry* targets, int64_t count, bool tail, bool keep_exp,
+    float* scratch) {
   const int64_t n = options.vocab;
   T* u = static_cast<T*>(logits);
   float* v = scratch ? scratch : as_floats(u);
   const bool softcap = options.softcap > 0;
-  const bool tail = target.tail > 0;
-  const bool smooth = options.label_smoothing > 0;
-  const bool keep_exp = row_scale && !softcap;
-  const float input_slope = options.logit_scale / options.temperature;
-  const float slope = softcap ? options.softcap / options.temperature : input_slope;
-  const float cap_slope = softcap ? options.logit_scale / options.softcap : 0.0f;
 
-  const float max = load_row(u, options.bias, softcap, cap_slope, v, scratch != nullptr, n);
+  float max = load_row(u, options.bias, softcap, options.cap_slope, v, scratch != nullptr, n);
   double spread = 0;
-  if (smooth) {
-    spread = slope * (options.class_weight ? spread_sum<true>(v, max, options.class_weight, n)
-                                           : spread_sum<false>(v, max, nullptr, n));
+  if (options.label_smoothing > 0) {
+    spread = options.class_weight ? spread_sum<true>(v, max, options.class_weight, n)
+                                  : spread_sum<false>(v, max, nullptr, n);
   }
-  for (int64_t k = 0; k < target.count; ++k) {
-    target.values[k] = v[target.ids[k]];
+  for (int64_t k = 0; k < count; ++k) {
+    targets[k].value = v[targets[k].id];
   }
-
-  // With a tail the support is taken out of the row, so that the mass off the support is a sum of its own, exact
-  // however small it is. dense_max and dense_sum describe the exponentials that the gradient pass reads.
-  float dense_max = max;
+  // The mass off the support is a sum of its own, exact however small it is.
   if (tail) {
-    for (int64_t k = 0; k < target.count; ++k) {
-      v[target.ids[k]] = -__builtin_inff();
+    for (int64_t k = 0; k < count; ++k) {
+      v[targets[k].id] = -__builtin_inff();
     }
-    dense_max = load_row<float, false, false, false>(v, nullptr, 0.0f, nullptr, n);
+    max = load_row<float, false, false, false>(v, nullptr, 0.0f, nullptr, n);
   }
-  const double dense_sum =
-      keep_exp ? exp_sum<true>(v, dense_max, slope, v, n) : exp_sum<false>(v, dense_max, slope, nullptr, n);
-  double sum = dense_sum;
-  double dense_shift = 1;  // exp(slope * (dense_max - max))
-  if (tail) {
-    dense_shift = __builtin_exp(slope * (static_cast<double>(dense_max) - max));
-    sum = dense_sum * dense_shift;
-    for (int64_t k = 0; k < target.count; ++k) {
-      sum += exp_nonpositive(slope * (target.values[k] - max));
-    }
-  }
-  const double log_sum = __builtin_log(sum);
-  const double lse = static_cast<double>(slope) * max + log_sum;
+  const double sum = keep_exp && !softcap ? exp_sum<true>(v, max, options.slope, v, n)
+                                          : exp_sum<false>(v, max, options.slope, nullptr, n);
+  return {max, sum, spread};
+}
 
-  // nll = sum_k w_k (m - z_k) + S log sum_j exp(z_j - m): right under a large common offset.
-  double nll = target.weight_sum * log_sum;
-  for (int64_t k = 0; k < target.count; ++k) {
-    nll += target.weights[k] * slope * (static_cast<double>(max) - target.values[k]);
+template <class T>
+void row_gradient(const RowOptions& options, void* logits, const RowGradient& row, float* scratch) {
+  T* u = static_cast<T*>(logits);
+  const float* x = scratch ? scratch : as_floats(u);
+  const bool weighted = options.label_smoothing > 0 && options.class_weight;
+  if (options.softcap > 0) {
+    weighted ? gradient_row<T, true, true>(x, options, row, u) : gradient_row<T, true, false>(x, options, row, u);
+  } else {
+    weighted ? gradient_row<T, false, true>(x, options, row, u) : gradient_row<T, false, false>(x, options, row, u);
   }
-  if (tail) {  // + p_tail (lse - lse_off)
-    nll += target.tail * (slope * (static_cast<double>(max) - dense_max) + log_sum - __builtin_log(dense_sum));
-  }
-  const double sharp = target.class_weight * (1 - options.label_smoothing);  // factor of nll
-  const double uniform = options.label_smoothing / n;
-  double loss = sharp * nll;
-  if (smooth) {  // + eps/V sum_j c_j (lse - z_j)
-    loss += uniform * (options.class_weight_sum * log_sum + spread);
-  }
-  if (options.z_loss != 0) {
-    loss += options.z_loss * lse * lse;
-  }
-  const RowResult result = {static_cast<float>(loss), static_cast<float>(nll), static_cast<float>(lse)};
-  if (!row_scale) {
-    return result;
-  }
-
-  // dloss/dz_j = common q_j - uniform c_j - (on the support: sharp w_j; off it: sharp p_tail exp(z_j - lse_off))
-  const double scale = static_cast<double>(*row_scale) * input_slope;
-  const double z_term = options.z_loss != 0 ? 2 * options.z_loss * lse : 0;
-  const double common = sharp * (target.weight_sum + target.tail) + uniform * options.class_weight_sum + z_term;
-  const double mass = common * dense_shift / sum - (tail ? sharp * target.tail / dense_sum : 0);
-  const GradientTerms terms = {
-      dense_max, slope, static_cast<float>(scale * mass), static_cast<float>(scale * uniform),
-      smooth ? options.class_weight : nullptr};
-  gradient_row(v, terms, softcap, u, n);
-  for (int64_t k = 0; k < target.count; ++k) {
-    const float x = target.values[k];
-    const double q = exp_nonpositive(slope * (x - max)) / sum;
-    const double c = terms.class_weight ? terms.class_weight[target.ids[k]] : 1.0f;
-    const double chain = softcap ? scale * (1.0f - x * x) : scale;
-    store(u + target.ids[k], static_cast<float>(chain * (common * q - uniform * c - sharp * target.weights[k])));
-  }
-  return result;
 }
 
 void exp_kernel(const float* x, float* y, int64_t count) {
@@ -256,7 +195,8 @@ void tanh_kernel(const float* x, float* y, int64_t count) {
 
 }  // namespace
 
-extern const RowKernels row_kernels = {row_kernel<float>, row_kernel<bfloat16>, exp_kernel, tanh_kernel};
+extern const RowKernels row_kernels = {
+    row_sums<float>, row_sums<bfloat16>, row_gradient<float>, row_gradient<bfloat16>, exp_kernel, tanh_kernel};
 
 }  // namespace SSD_CORE_ISA
 }  // namespace ssd_core::cpu

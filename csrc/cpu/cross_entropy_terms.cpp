@@ -2,6 +2,9 @@
 
 #include <c10/util/Exception.h>
 
+#include <algorithm>
+#include <cmath>
+
 namespace ssd_core::cpu {
 
 RowOptions row_options(
@@ -31,6 +34,8 @@ RowOptions row_options(
   options.temperature = static_cast<float>(temperature);
   options.label_smoothing = label_smoothing;
   options.z_loss = z_loss;
+  options.cap_slope = softcap > 0 ? options.logit_scale / options.softcap : 0.0f;
+  options.slope = (softcap > 0 ? options.softcap : options.logit_scale) / options.temperature;
   return options;
 }
 
@@ -44,9 +49,11 @@ void check_ids(const int64_t* ids, const float* probs, int64_t rows, int64_t wid
 }
 
 TargetReader::TargetReader(int64_t width, int64_t vocab)
-    : vocab_(vocab), ids_(width), weights_(width), values_(width), seen_(width > 1 ? (vocab + 63) / 64 : 0) {}
+    : entries_(width), seen_(width > 1 ? (vocab + 63) / 64 : 0) {}
 
-RowTarget TargetReader::read(const int64_t* ids, const float* probs, int64_t width, bool bucket) {
+RowTarget TargetReader::read(const int64_t* ids, const float* probs, const RowOptions& options, bool bucket) {
+  const auto width = static_cast<int64_t>(entries_.size());
+  TargetEntry* entries = entries_.data();
   int64_t count = 0;
   double sum = 0;
   for (int64_t k = 0; k < width; ++k) {
@@ -59,21 +66,76 @@ RowTarget TargetReader::read(const int64_t* ids, const float* probs, int64_t wid
       uint64_t& word = seen_[ids[k] / 64];
       const uint64_t bit = uint64_t{1} << (ids[k] % 64);
       if (word & bit) {
-        weights_[std::find(ids_.begin(), ids_.begin() + count, ids[k]) - ids_.begin()] += weight;
+        std::find_if(entries, entries + count, [&](const auto& entry) { return entry.id == ids[k]; })->weight += weight;
         continue;
       }
       word |= bit;
     }
-    ids_[count] = ids[k];
-    weights_[count++] = weight;
+    entries[count++] = {ids[k], weight, 0.0f};
   }
   if (width > 1) {
     for (int64_t k = 0; k < count; ++k) {
-      seen_[ids_[k] / 64] = 0;
+      seen_[entries[k].id / 64] = 0;
     }
   }
-  const double tail = bucket && count < vocab_ && sum < 1 ? 1 - sum : 0;
-  return {ids_.data(), weights_.data(), values_.data(), count, sum, tail, 1.0};
+  const double tail = bucket && count < options.vocab && sum < 1 ? 1 - sum : 0;
+  return {entries, count, sum, tail, options.class_weight ? options.class_weight[ids[0]] : 1.0};
+}
+
+RowTerms finish_row(const RowOptions& options, const RowSums& found, const RowTarget& target, float row_scale) {
+  const double slope = options.slope;
+  const bool tail = target.tail > 0;
+  const TargetEntry* end = target.entries + target.count;
+  float max = found.max;
+  double sum = found.sum, dense_shift = 1;  // exp(slope * (found.max - max))
+  if (tail) {
+    for (const TargetEntry* entry = target.entries; entry != end; ++entry) {
+      max = entry->value > max ? entry->value : max;
+    }
+    dense_shift = std::exp(slope * (static_cast<double>(found.max) - max));
+    sum *= dense_shift;
+    for (const TargetEntry* entry = target.entries; entry != end; ++entry) {
+      sum += std::exp(slope * (static_cast<double>(entry->value) - max));
+    }
+  }
+  const double log_sum = std::log(sum);
+  const double lse = slope * max + log_sum;
+
+  // nll = sum_k w_k (m - z_k) + S log sum_j exp(z_j - m): right under a large common offset.
+  double nll = target.sum * log_sum;
+  for (const TargetEntry* entry = target.entries; entry != end; ++entry) {
+    nll += entry->weight * slope * (static_cast<double>(max) - entry->value);
+  }
+  if (tail) {  // + p_tail (lse - lse_off)
+    nll += target.tail * (slope * (static_cast<double>(max) - found.max) + log_sum - std::log(found.sum));
+  }
+  const double sharp = target.class_weight * (1 - options.label_smoothing);
+  const double uniform = options.label_smoothing / options.vocab;
+  double loss = sharp * nll;
+  if (options.label_smoothing > 0) {  // + eps/V sum_j c_j (lse - z_j)
+    loss += uniform * (options.class_weight_sum * log_sum + slope * found.spread);
+  }
+  double z_term = 0;
+  if (options.z_loss != 0) {
+    loss += options.z_loss * lse * lse;
+    z_term = 2 * options.z_loss * lse;
+  }
+  // dloss/dz_j = common q_j - uniform c_j - (on the support: sharp w_j; off it: sharp p_tail exp(z_j - lse_off))
+  const double scale = static_cast<double>(row_scale) * options.logit_scale / options.temperature;
+  const double common = sharp * (target.sum + target.tail) + uniform * options.class_weight_sum + z_term;
+  const double mass = common * dense_shift / sum - (tail ? sharp * target.tail / found.sum : 0);
+  return {
+      static_cast<float>(loss), static_cast<float>(nll), static_cast<float>(lse), max, sum, sharp, common, scale,
+      {found.max, static_cast<float>(scale * mass), static_cast<float>(scale * uniform)}};
+}
+
+float target_gradient(const RowOptions& options, const RowTerms& row, const TargetEntry& target) {
+  const double x = target.value;
+  const double q = std::exp(options.slope * (x - row.max)) / row.sum;
+  const double chain = options.softcap > 0 ? row.scale * (1 - x * x) : row.scale;
+  const double weight = options.class_weight ? options.class_weight[target.id] : 1.0;
+  const double uniform = options.label_smoothing / options.vocab * weight;
+  return static_cast<float>(chain * (row.common * q - uniform - row.sharp * target.weight));
 }
 
 }  // namespace ssd_core::cpu

@@ -15,7 +15,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <memory>
+#include <numeric>
 #include <vector>
 
 #include "cross_entropy_terms.h"
@@ -202,17 +204,10 @@ void pack_by_coordinate(const char* x, int64_t n, int64_t hidden, const Words& w
 
 // -- targets of a chunk
 
-struct Entry {
-  int64_t id;
-  int32_t token;
-  double weight;
-  float value;  // v at the id, found in pass A
-};
-
 struct Targets {
-  std::vector<Entry> entries;        // by token
-  std::vector<int64_t> first;        // (n + 1,) of each token
-  std::vector<double> sum, tail;     // (n,) S, p_tail
+  std::vector<TargetEntry> entries;  // by token
+  std::vector<int32_t> token;        // of each entry
+  std::vector<RowTarget> rows;       // (n,)
   std::vector<int32_t> by_tile;      // places in entries, by tile and then by token
   std::vector<int64_t> tile_first;   // (tiles + 1,)
 };
@@ -220,11 +215,11 @@ struct Targets {
 template <class Function>
 void each_target(const Targets& targets, int64_t tile, int64_t begin, int64_t end, const Function& function) {
   const auto* places = targets.by_tile.data();
-  const auto earlier = [&](int32_t place, int64_t token) { return targets.entries[place].token < token; };
+  const auto earlier = [&](int32_t place, int64_t token) { return targets.token[place] < token; };
   const auto* last = places + targets.tile_first[tile + 1];
   for (const auto* at = std::lower_bound(places + targets.tile_first[tile], last, begin, earlier);
-       at != last && targets.entries[*at].token < end; ++at) {
-    function(*at);
+       at != last && targets.token[*at] < end; ++at) {
+    function(*at, targets.token[*at] - begin);
   }
 }
 
@@ -248,10 +243,7 @@ class Call {
     chunk_ = std::min(divide_up(std::max<int64_t>(rows, 1), panel_), divide_up(std::max<int64_t>(count_, 1), panel_));
     chunk_ *= panel_;
     span_ = columns >= vocab_ ? tiles_ : std::max<int64_t>(1, columns / kTile);
-    const float capped = options.softcap > 0;
-    tile_options_ = {
-        capped != 0, capped ? options.logit_scale / options.softcap : 0.0f,
-        (capped ? options.softcap : options.logit_scale) / options.temperature};
+    tile_options_ = {options.softcap > 0, options.cap_slope, options.slope};
   }
 
   std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> run() {
@@ -319,11 +311,11 @@ class Call {
     const at::Tensor x = part.to(dtype_).to(compute).contiguous();
     pack_by_token(
         static_cast<const char*>(x.const_data_ptr()), n, hidden_, words_,
-        reinterpret_cast<uint32_t*>(by_token_.mutable_data_ptr<uint8_t>()));
+        static_cast<uint32_t*>(by_token_.mutable_data_ptr()));
     if (needs_[1]) {
       pack_by_coordinate(
           static_cast<const char*>(x.const_data_ptr()), n, hidden_, words_,
-          reinterpret_cast<uint32_t*>(by_coordinate_.mutable_data_ptr<uint8_t>()), depth_of_tokens());
+          static_cast<uint32_t*>(by_coordinate_.mutable_data_ptr()), depth_of_tokens());
     }
     read_targets(rows);
     const bool scaled = given_.row_scale.defined(), whole = span_ == tiles_;
@@ -364,16 +356,15 @@ class Call {
   int64_t depth_of_tokens() const { return words_.words(panels() * panel_); }
   int64_t tile_rows(int64_t tile) const { return std::min(kTile, vocab_ - tile * kTile); }
   const char* tokens_of(int64_t p) const {
-    return reinterpret_cast<const char*>(by_token_.const_data_ptr<uint8_t>()) +
-        p * words_.words(hidden_) * panel_ * 4;
+    return static_cast<const char*>(by_token_.const_data_ptr()) + p * words_.words(hidden_) * panel_ * 4;
   }
   // What is kept of a tile, the first of them `origin`.
   char* kept_of(int64_t p, int64_t tile, int64_t origin) const {
-    return reinterpret_cast<char*>(const_cast<uint8_t*>(kept_.const_data_ptr<uint8_t>())) + p * kept_stride_ +
+    return static_cast<char*>(kept_.mutable_data_ptr()) + p * kept_stride_ +
         (tile - origin) * kTile * panel_ * words_.kept_element();
   }
   float* stats_of(const at::Tensor& stats, int64_t p, int64_t tile) const {
-    return const_cast<float*>(stats.const_data_ptr<float>()) + p * stats_ + tile * panel_;
+    return stats.mutable_data_ptr<float>() + p * stats_ + tile * panel_;
   }
 
   void read_targets(const at::Tensor& rows) {
@@ -391,20 +382,19 @@ class Call {
     TargetReader reader(width, vocab_);
     Targets& targets = targets_;
     targets.entries.clear();
-    targets.first.assign(1, 0);
-    targets.sum.resize(n_);
-    targets.tail.resize(n_);
+    targets.token.clear();
+    targets.rows.clear();
+    targets.entries.reserve(n_ * width);    // rows point into it
     targets.tile_first.assign(tiles_ + 1, 0);
     for (int64_t i = 0; i < n_; ++i) {
-      const RowTarget target =
-          reader.read(id_data + i * width, prob_data ? prob_data + i * width : nullptr, width, bucket_);
-      for (int64_t k = 0; k < target.count; ++k) {
-        targets.entries.push_back({target.ids[k], static_cast<int32_t>(i), target.weights[k], 0.0f});
-        ++targets.tile_first[target.ids[k] / kTile + 1];
-      }
-      targets.first.push_back(static_cast<int64_t>(targets.entries.size()));
-      targets.sum[i] = target.weight_sum;
-      targets.tail[i] = target.tail;
+      RowTarget target = reader.read(id_data + i * width, prob_data ? prob_data + i * width : nullptr, options_, bucket_);
+      targets.entries.insert(targets.entries.end(), target.entries, target.entries + target.count);
+      target.entries = targets.entries.data() + targets.entries.size() - target.count;
+      targets.token.insert(targets.token.end(), target.count, static_cast<int32_t>(i));
+      targets.rows.push_back(target);
+    }
+    for (const TargetEntry& entry : targets.entries) {
+      ++targets.tile_first[entry.id / kTile + 1];
     }
     for (int64_t t = 0; t < tiles_; ++t) {
       targets.tile_first[t + 1] += targets.tile_first[t];
@@ -442,17 +432,16 @@ class Call {
           float* sum = note ? stats_of(sum_, p, t) : unused.data() + panel_;
           kernels_.values(u, rows, bias, tile_options_, max);
           if (note && spread_.defined()) {
-            const float* weight =
-                given_.class_weight.defined() ? given_.class_weight.const_data_ptr<float>() + first : nullptr;
+            const float* weight = options_.class_weight ? options_.class_weight + first : nullptr;
             kernels_.spread(u, rows, max, weight, stats_of(spread_, p, t));
             std::copy_n(max, panel_, stats_of(spread_, panels_of_chunk() + p, t));
           }
           bool removed = false;
-          each_target(targets_, t, p * panel_, (p + 1) * panel_, [&](int32_t place) {
-            Entry& entry = targets_.entries[place];
-            float& v = u[(entry.id - first) * panel_ + entry.token - p * panel_];
+          each_target(targets_, t, p * panel_, (p + 1) * panel_, [&](int32_t place, int64_t lane) {
+            TargetEntry& entry = targets_.entries[place];
+            float& v = u[(entry.id - first) * panel_ + lane];
             entry.value = note ? v : entry.value;
-            if (targets_.tail[entry.token] > 0) {  // the sum is then of what is off the support
+            if (targets_.rows[p * panel_ + lane].tail > 0) {  // the sum is then of what is off the support
               v = -kInfinity;
               removed = true;
             }
@@ -473,7 +462,6 @@ class Call {
   void finish_rows() {
     terms_.resize(n_);
     const bool scaled = given_.row_scale.defined();
-    const float* class_weight = given_.class_weight.defined() ? given_.class_weight.const_data_ptr<float>() : nullptr;
     at::parallel_for(0, panels(), 1, [&](int64_t begin, int64_t end) {
       std::vector<float> dense_max(panel_), ignored(panel_);
       std::vector<double> dense_sum(panel_), spread(panel_);
@@ -484,7 +472,7 @@ class Call {
         const int64_t even = divide_up(tiles_, 2) * 2;
         words_.floats->values(max, even, nullptr, plain, dense_max.data());
         if (spread_.defined()) {
-          add_spread(p, dense_max.data(), spread.data());
+          add_spread(p, spread.data());
         }
         // from here on max holds exp(slope * (tile's max - row's max))
         words_.floats->exponentials(max, even, dense_max.data(), plain, max, ignored.data());
@@ -503,38 +491,37 @@ class Call {
             }
             continue;
           }
-          RowSums sums = {dense_max[lane], dense_sum[lane], spread_.defined() ? spread[lane] : 0.0};
-          RowWeights weights = {targets_.sum[i], targets_.tail[i], 1.0};
-          const Entry* entries = targets_.entries.data() + targets_.first[i];
-          const int64_t count = targets_.first[i + 1] - targets_.first[i];
-          if (class_weight) {
-            weights.class_weight = class_weight[entries[0].id];
-          }
+          const RowSums found = {dense_max[lane], dense_sum[lane], spread[lane]};
           const float scale = scaled ? given_.row_scale.const_data_ptr<float>()[begin_ + i] : 0.0f;
-          terms_[i] = finish_row(options_, tile_options_, sums, weights, entries, count, scale);
+          terms_[i] = finish_row(options_, found, targets_.rows[i], scale);
           loss_.mutable_data_ptr<float>()[begin_ + i] = terms_[i].loss;
           nll_.mutable_data_ptr<float>()[begin_ + i] = terms_[i].nll;
           lse_.mutable_data_ptr<float>()[begin_ + i] = terms_[i].lse;
           if (scaled) {
-            lanes[lane] = static_cast<float>(terms_[i].mass);
-            lanes[panel_ + lane] = static_cast<float>(terms_[i].uniform);
-            lanes[2 * panel_ + lane] = dense_max[lane];
+            lanes[lane] = terms_[i].gradient.mass;
+            lanes[panel_ + lane] = terms_[i].gradient.uniform;
+            lanes[2 * panel_ + lane] = terms_[i].gradient.max;
           }
         }
       }
     });
   }
 
-  // sum_j c_j (max - v_j) over all tiles.
-  void add_spread(int64_t p, const float* row_max, double* total) {
+  // sum_j c_j (max - v_j) over all tiles, max that of the whole row.
+  void add_spread(int64_t p, double* total) {
+    std::vector<float> row_max(panel_, -kInfinity);
+    for (int64_t t = 0; t < tiles_; ++t) {
+      const float* max = stats_of(spread_, panels_of_chunk() + p, t);
+      for (int64_t lane = 0; lane < panel_; ++lane) {
+        row_max[lane] = std::max(row_max[lane], max[lane]);
+      }
+    }
     std::fill_n(total, panel_, 0.0);
     for (int64_t t = 0; t < tiles_; ++t) {
       double weight = static_cast<double>(tile_rows(t));
-      if (given_.class_weight.defined()) {
-        weight = 0;
-        for (int64_t j = 0; j < tile_rows(t); ++j) {
-          weight += given_.class_weight.const_data_ptr<float>()[t * kTile + j];
-        }
+      if (options_.class_weight) {
+        const float* first = options_.class_weight + t * kTile;
+        weight = std::accumulate(first, first + tile_rows(t), 0.0);
       }
       const float* spread = stats_of(spread_, p, t);
       const float* max = stats_of(spread_, panels_of_chunk() + p, t);
@@ -557,8 +544,7 @@ class Call {
       std::vector<float> factor(panel_), product(kTile * panel_);
       for (int64_t t = begin; t < end; ++t) {
         const int64_t first = t * kTile, rows = tile_rows(t), even = divide_up(rows, 2) * 2;
-        const float* class_weight =
-            smooth && given_.class_weight.defined() ? given_.class_weight.const_data_ptr<float>() + first : nullptr;
+        const float* class_weight = smooth && options_.class_weight ? options_.class_weight + first : nullptr;
         for (int64_t p = 0; p < panels(); ++p) {
           const float* lanes = factor_.const_data_ptr<float>() + 3 * p * panel_;
           const float* shift = stats_of(max_, p, t);
@@ -570,10 +556,9 @@ class Call {
           kernels_.gradient(
               kept, even, class_weight, {lanes + 2 * panel_, factor.data(), smooth ? lanes + panel_ : nullptr},
               tile_options_, rows_at, row_bytes);
-          each_target(targets_, t, p * panel_, (p + 1) * panel_, [&](int32_t place) {
-            const Entry& entry = targets_.entries[place];
-            const int64_t j = entry.id - first, lane = entry.token - p * panel_;
-            const float g = gradient_at(entry);
+          each_target(targets_, t, p * panel_, (p + 1) * panel_, [&](int32_t place, int64_t lane) {
+            const int64_t j = targets_.entries[place].id - first;
+            const float g = target_gradient(options_, terms_[p * panel_ + lane], targets_.entries[place]);
             store(kept, j, lane, g);
             store_row(rows_at + j * row_bytes, lane, g);
           });
@@ -588,8 +573,7 @@ class Call {
         }
         for (int64_t q = 0; d_weight_.defined() && q < coordinates; ++q) {
           const int64_t width = std::min(panel_, hidden_ - q * panel_);
-          const char* b = reinterpret_cast<const char*>(by_coordinate_.const_data_ptr<uint8_t>()) +
-              q * depth * panel_ * 4;
+          const char* b = static_cast<const char*>(by_coordinate_.const_data_ptr()) + q * depth * panel_ * 4;
           const int64_t at = first * hidden_ + q * panel_;
           if (!narrow && width == panel_) {
             float* c = d_weight_.mutable_data_ptr<float>() + at;
@@ -625,12 +609,6 @@ class Call {
     } else {
       std::copy_n(from, width, d_weight_.mutable_data_ptr<c10::Half>() + at);
     }
-  }
-
-  float gradient_at(const Entry& entry) const {
-    return target_gradient(
-        options_, tile_options_, terms_[entry.token], entry,
-        given_.class_weight.defined() ? given_.class_weight.const_data_ptr<float>()[entry.id] : 1.0f);
   }
 
   void store(char* kept, int64_t j, int64_t lane, float g) const {
@@ -759,7 +737,8 @@ int64_t linear_cross_entropy_bytes(
   const int64_t states = rows * (hidden + 1 + width) * words.element() + rows * hidden * (4 + words.element());
   const int64_t d_input = rows * hidden * (4 + 4 + 2);
   const int64_t statistics = rows * ((tiles + 1) * 4 * (smoothing ? 4 : 2) + 3 * 4) + (dtype == at::kFloat ? 0 : vocab * 4);
-  const int64_t targets = rows * (support * (3 * sizeof(Entry)) + sizeof(RowTerms) + 3 * 8) + tiles * 16 + vocab / 8;
+  const int64_t targets =
+      rows * (support * 3 * (sizeof(TargetEntry) + 4) + sizeof(RowTerms) + sizeof(RowTarget)) + tiles * 16 + vocab / 8;
   const bool packed = cast || (words.pairs ? hidden % 2 != 0 : dtype != at::kFloat);
   const int64_t thread = (kTile + 1) * (panel * 4 * 2 + rows * words.element() + (packed ? (hidden + 1) * 4 : 0));
   const int64_t paired = words.pairs ? kTile / 2 * (hidden + 6 * threads) * 4 : 0;
