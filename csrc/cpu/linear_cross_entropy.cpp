@@ -29,6 +29,7 @@ namespace ssd_core::cpu {
 namespace {
 
 constexpr int64_t kTile = 252;  // rows of a vocabulary tile: even, and whole blocks of the product
+constexpr int64_t kDepth = 640;             // words that a product sums in one go: a panel of so many stays in cache
 constexpr int64_t kStepBytes = 4 << 20;  // of gradient, between its two uses
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
@@ -417,6 +418,7 @@ class Call {
 
   // Pass A, and again where nothing was kept.
   void exponentials(int64_t first_tile, int64_t last_tile, bool keep, bool note) {
+    const int64_t depth = words_.words(hidden_), block = divide_up(depth, divide_up(depth, kDepth));
     at::parallel_for(first_tile, last_tile, 1, [&](int64_t begin, int64_t end) {
       const std::unique_ptr<char[]> scratch(new char[weight_.scratch() + 64]);
       std::vector<float> tile((kTile + 1) * panel_), unused(2 * panel_);
@@ -426,8 +428,11 @@ class Call {
         const Weight::Rows w = weight_.tile(first, rows, scratch.get());
         const float* bias = bias_.defined() ? bias_.const_data_ptr<float>() + first : nullptr;
         for (int64_t p = 0; p < panels(); ++p) {
-          kernels_.gemm(
-              w.data, w.row, 4, tokens_of(p), panel_ * 4, u, panel_, rows, words_.words(hidden_), false);
+          for (int64_t k = 0; k < depth; k += block) {
+            kernels_.gemm(
+                w.data + k * 4, w.row, 4, tokens_of(p) + k * panel_ * 4, panel_ * 4, u, panel_, rows,
+                std::min(block, depth - k), k > 0);
+          }
           float* max = note ? stats_of(max_, p, t) : unused.data();
           float* sum = note ? stats_of(sum_, p, t) : unused.data() + panel_;
           kernels_.values(u, rows, bias, tile_options_, max);
@@ -649,7 +654,8 @@ class Call {
     const int64_t groups = std::clamp<int64_t>(divide_up(threads, parts), 1, panels());
     at::parallel_for(0, parts * groups, 1, [&](int64_t begin, int64_t end) {
       const std::unique_ptr<char[]> scratch(new char[weight_.scratch() + 64]);
-      std::vector<uint32_t> packed(words_.pairs ? kTile / 2 * size : 0);
+      const int64_t stride = slice_stride(size);
+      std::vector<uint32_t> slice(words_.words(kTile) * stride);
       for (int64_t item = begin; item < end; ++item) {
         const int64_t d0 = item % parts * size, d1 = std::min(d0 + size, hidden_), width = d1 - d0;
         const int64_t p0 = item / parts * panels() / groups, p1 = (item / parts + 1) * panels() / groups;
@@ -659,17 +665,11 @@ class Call {
         for (int64_t t = first_tile; t < last_tile; ++t) {
           const int64_t rows = tile_rows(t);
           const Weight::Rows w = weight_.tile(t * kTile, rows, scratch.get());
-          const char* a = w.data + d0 * words_.element();
-          int64_t a_col = w.row;
-          if (words_.pairs) {
-            pair_rows(a, w.row, rows, width, packed.data());
-            a = reinterpret_cast<const char*>(packed.data());
-            a_col = width * 4;
-          }
+          copy_slice(w.data + d0 * words_.element(), w.row, rows, width, slice.data(), stride);
           for (int64_t p = p0; p < p1; ++p) {
             float* c = d_tokens_.mutable_data_ptr<float>() + (p * hidden_ + d0) * panel_;
             kernels_.gemm(
-                a, 4, a_col, kept_of(p, t, origin), panel_ * (words_.pairs && words_.wide ? 8 : 4), c, panel_,
+                slice.data(), 4, stride * 4, kept_of(p, t, origin), panel_ * (words_.pairs && words_.wide ? 8 : 4), c, panel_,
                 width, words_.words(rows), t > 0);
           }
         }
@@ -677,18 +677,26 @@ class Call {
     });
   }
 
-  static void pair_rows(const char* w, int64_t row, int64_t rows, int64_t width, uint32_t* out) {
-    for (int64_t j = 0; j < rows; j += 2, out += width) {
+  // Words of the columns of a tile, k rows below each other; an odd number of cache lines apart, or the rows of many
+  // heads would all meet in a few sets of the cache.
+  static int64_t slice_stride(int64_t width) { return (divide_up(width, 16) | 1) * 16; }
+
+  void copy_slice(const char* w, int64_t row, int64_t rows, int64_t width, uint32_t* out, int64_t stride) const {
+    if (!words_.pairs) {
+      for (int64_t j = 0; j < rows; ++j) {
+        std::memcpy(out + j * stride, w + j * row, width * 4);
+      }
+      return;
+    }
+    for (int64_t j = 0; j < rows; j += 2, out += stride) {
       const auto* even = reinterpret_cast<const uint16_t*>(w + j * row);
       const auto* odd = reinterpret_cast<const uint16_t*>(w + (j + 1) * row);
       if (j + 1 == rows) {
-        for (int64_t d = 0; d < width; ++d) {
-          out[d] = even[d];
-        }
-      } else {
-        for (int64_t d = 0; d < width; ++d) {
-          out[d] = even[d] | static_cast<uint32_t>(odd[d]) << 16;
-        }
+        std::copy_n(even, width, out);
+        continue;
+      }
+      for (int64_t d = 0; d < width; ++d) {
+        out[d] = even[d] | static_cast<uint32_t>(odd[d]) << 16;
       }
     }
   }
@@ -741,8 +749,8 @@ int64_t linear_cross_entropy_bytes(
       rows * (support * 3 * (sizeof(TargetEntry) + 4) + sizeof(RowTerms) + sizeof(RowTarget)) + tiles * 16 + vocab / 8;
   const bool packed = cast || (words.pairs ? hidden % 2 != 0 : dtype != at::kFloat);
   const int64_t thread = (kTile + 1) * (panel * 4 * 2 + rows * words.element() + (packed ? (hidden + 1) * 4 : 0));
-  const int64_t paired = words.pairs ? kTile / 2 * (hidden + 6 * threads) * 4 : 0;
-  return kept + states + d_input + statistics + targets + threads * thread + paired;
+  const int64_t slices = words.words(kTile) * (hidden + 48 * threads) * 4;
+  return kept + states + d_input + statistics + targets + threads * thread + slices;
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_cross_entropy(
