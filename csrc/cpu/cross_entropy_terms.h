@@ -1,4 +1,4 @@
-// What the two forms of cross-entropy share, on given logits and fused with its head: targets, and the scalars of a row.
+// What the two forms of cross-entropy share, on given logits and fused with its head: targets, the scalars of a row.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -1,5 +1,5 @@
-// The kernels for products of bfloat16 pairs in AVX-512. The pragma stays in force to the end of the file, where templates are
-// instantiated.
+// The kernels for products of bfloat16 pairs in AVX-512. The pragma stays in force to the end of the file, where
+// templates are instantiated.
 #include "tile_kernels.h"
 
 #if defined(__x86_64__)

@@ -1,8 +1,8 @@
 #include "linear_cross_entropy.h"
 
+#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <ATen/Dispatch.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 #include <c10/util/BFloat16.h>
@@ -28,8 +28,8 @@ namespace ssd_core::cpu {
 
 namespace {
 
-constexpr int64_t kTile = 252;  // rows of a vocabulary tile: even, and whole blocks of the product
-constexpr int64_t kDepth = 640;             // words that a product sums in one go: a panel of so many stays in cache
+constexpr int64_t kTile = 252;           // rows of a vocabulary tile: even, and whole blocks of the product
+constexpr int64_t kDepth = 640;          // words that a product sums in one go: a panel of so many stays in cache
 constexpr int64_t kStepBytes = 4 << 20;  // of gradient, between its two uses
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
@@ -95,11 +95,17 @@ To converted(From x) {
 // products are taken in.
 template <class To, class Product, class From>
 void pack(const From* x, int64_t row, int64_t column, int64_t rows, int64_t columns, To* out, int64_t stride) {
-  for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t k = 0; k < columns; ++k) {
-      out[i * stride + k] = converted<To>(converted<Product>(x[i * row + k * column]));
+  for (int64_t i = 0; i < rows; ++i, x += row, out += stride) {
+    if (column == 1) {  // in vectors
+      for (int64_t k = 0; k < columns; ++k) {
+        out[k] = converted<To>(converted<Product>(x[k]));
+      }
+    } else {
+      for (int64_t k = 0; k < columns; ++k) {
+        out[k] = converted<To>(converted<Product>(x[k * column]));
+      }
     }
-    std::fill(out + i * stride + columns, out + (i + 1) * stride, To(0));
+    std::fill(out + columns, out + stride, To(0));
   }
 }
 
@@ -385,10 +391,11 @@ class Call {
     targets.entries.clear();
     targets.token.clear();
     targets.rows.clear();
-    targets.entries.reserve(n_ * width);    // rows point into it
+    targets.entries.reserve(n_ * width);  // rows point into it
     targets.tile_first.assign(tiles_ + 1, 0);
     for (int64_t i = 0; i < n_; ++i) {
-      RowTarget target = reader.read(id_data + i * width, prob_data ? prob_data + i * width : nullptr, options_, bucket_);
+      RowTarget target =
+          reader.read(id_data + i * width, prob_data ? prob_data + i * width : nullptr, options_, bucket_);
       targets.entries.insert(targets.entries.end(), target.entries, target.entries + target.count);
       target.entries = targets.entries.data() + targets.entries.size() - target.count;
       targets.token.insert(targets.token.end(), target.count, static_cast<int32_t>(i));
@@ -668,9 +675,10 @@ class Call {
           copy_slice(w.data + d0 * words_.element(), w.row, rows, width, slice.data(), stride);
           for (int64_t p = p0; p < p1; ++p) {
             float* c = d_tokens_.mutable_data_ptr<float>() + (p * hidden_ + d0) * panel_;
+            const int64_t kept_row = panel_ * (words_.pairs && words_.wide ? 8 : 4);
             kernels_.gemm(
-                slice.data(), 4, stride * 4, kept_of(p, t, origin), panel_ * (words_.pairs && words_.wide ? 8 : 4), c, panel_,
-                width, words_.words(rows), t > 0);
+                slice.data(), 4, stride * 4, kept_of(p, t, origin), kept_row, c, panel_, width, words_.words(rows),
+                t > 0);
           }
         }
       }

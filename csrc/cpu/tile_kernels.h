@@ -1,9 +1,9 @@
-// The seam between the fused losses of a head and their kernels, which are compiled once per instruction set. Plain data
-// and declarations only, like cross_entropy_rows_kernel.h.
+// The seam between the fused losses of a head and their kernels, which are compiled once per instruction set. Plain
+// data and declarations only, like cross_entropy_rows_kernel.h.
 //
 // Operands are made of 32-bit words: a float32, or two bfloat16 that are neighbours along the summed dimension. Tokens
-// stand side by side in the lanes of a *panel*, vocabulary ids below each other. So a reduction over the vocabulary is a
-// loop without shuffles, and a token's sums have the same order whatever its neighbours.
+// stand side by side in the lanes of a *panel*, vocabulary ids below each other. So a reduction over the vocabulary is
+// a loop without shuffles, and a token's sums have the same order whatever its neighbours.
 #pragma once
 
 #include <cstdint>

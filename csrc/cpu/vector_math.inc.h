@@ -1,5 +1,5 @@
-// exp, tanh and bfloat16 conversions, of a float in loops that the compiler vectorises and of a Vec: branch-free, no calls,
-// float32 throughout.
+// exp, tanh and bfloat16 conversions, of a float in loops that the compiler vectorises and of a Vec: branch-free, no
+// calls, float32 throughout.
 //
 // Included inside a per-ISA, anonymous namespace by the kernel units, after their target pragma. Neither this file nor
 // its includer may include a standard header with inline functions: the AVX-512 unit's copy of such a function could be

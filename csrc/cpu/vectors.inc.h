@@ -1,4 +1,4 @@
-// Vectors of kBytes as values, in the languages' own extension: the same source for every instruction set. Included like
+// Vectors as values, in the compilers' own extension: the same source for every instruction set. Included like
 // vector_math.inc.h, which it precedes.
 
 #define SSD_CORE_INLINE inline __attribute__((always_inline))
