@@ -159,6 +159,7 @@ def _plan_panels(demand: Demand, workspace_bytes: int) -> ChunkPlan:
             plans.append((_cost(demand, p * panel, 1) * idle, p, t))
             p = p * 3 // 4
     _, p, t = min(plans)
+    p = -(-panels // -(-panels // p))       # as many chunks, of equal size
     return ChunkPlan(p * panel, tile, demand.vocab if t == tiles else t * tile)
 
 

@@ -9,6 +9,7 @@ import torch
 from test_native import isas, python  # noqa: F401  a fixture
 
 from ssd_core import native
+from ssd_core.plan import Demand, plan_chunks
 from ssd_core.reference.linear_cross_entropy import linear_cross_entropy as define
 
 pytestmark = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
@@ -183,3 +184,21 @@ def test_what_it_holds_is_what_it_says():
         more = native.linear_cross_entropy_bytes(2 * rows, columns, 49152, 576, 1, torch.float32, False, False, False)
         less = native.linear_cross_entropy_bytes(rows, columns, 49152, 576, 1, torch.float32, False, False, False)
         assert rows * columns * 4 < less < more <= 2 * less
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("vocab", "hidden"), [(7, 3), (49152, 576), (128256, 4096), (1 << 20, 576)])
+def test_plans_keep_to_the_budget_and_name_the_least(vocab, hidden, dtype):
+    demand = Demand(3000, hidden, vocab, 1, dtype, torch.device("cpu"), compiled=True)
+    with pytest.raises(ValueError, match=r"workspace_bytes: expected at least \d+ for \d+ logits, got 1000") as refused:
+        plan_chunks(demand, 1000)
+    least = int(str(refused.value).split("at least ")[1].split()[0])
+    with pytest.raises(ValueError, match="workspace_bytes"):
+        plan_chunks(demand, least - 1)
+    for budget in (least, 2 * least, 64 << 20, 1 << 30):
+        if budget >= least:
+            plan = plan_chunks(demand, budget)
+            assert plan.rows % native.tile_shape(dtype)[0] == 0 and (plan.tile == vocab or plan.tile % 252 == 0)
+            held = native.linear_cross_entropy_bytes(plan.rows, plan.tile, vocab, hidden, 1, dtype, False, False, False)
+            assert held <= budget
+    assert plan_chunks(demand, 1 << 40).tile == vocab and plan_chunks(demand, 1 << 40).rows >= 3000

@@ -30,7 +30,7 @@ namespace {
 
 constexpr int64_t kTile = 252;           // rows of a vocabulary tile: even, and whole blocks of the product
 constexpr int64_t kDepth = 640;          // words that a product sums in one go: a panel of so many stays in cache
-constexpr int64_t kStepBytes = 4 << 20;  // of gradient, between its two uses
+constexpr int64_t kStepBytes = 8 << 20;  // of gradient, between its two uses
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 int64_t divide_up(int64_t n, int64_t by) {
@@ -672,7 +672,7 @@ class Call {
         for (int64_t t = first_tile; t < last_tile; ++t) {
           const int64_t rows = tile_rows(t);
           const Weight::Rows w = weight_.tile(t * kTile, rows, scratch.get());
-          copy_slice(w.data + d0 * words_.element(), w.row, rows, width, slice.data(), stride);
+          kernels_.transposed_words(w.data + d0 * words_.element(), w.row, rows, width, slice.data(), stride);
           for (int64_t p = p0; p < p1; ++p) {
             float* c = d_tokens_.mutable_data_ptr<float>() + (p * hidden_ + d0) * panel_;
             const int64_t kept_row = panel_ * (words_.pairs && words_.wide ? 8 : 4);
@@ -688,26 +688,6 @@ class Call {
   // Words of the columns of a tile, k rows below each other; an odd number of cache lines apart, or the rows of many
   // heads would all meet in a few sets of the cache.
   static int64_t slice_stride(int64_t width) { return (divide_up(width, 16) | 1) * 16; }
-
-  void copy_slice(const char* w, int64_t row, int64_t rows, int64_t width, uint32_t* out, int64_t stride) const {
-    if (!words_.pairs) {
-      for (int64_t j = 0; j < rows; ++j) {
-        std::memcpy(out + j * stride, w + j * row, width * 4);
-      }
-      return;
-    }
-    for (int64_t j = 0; j < rows; j += 2, out += stride) {
-      const auto* even = reinterpret_cast<const uint16_t*>(w + j * row);
-      const auto* odd = reinterpret_cast<const uint16_t*>(w + (j + 1) * row);
-      if (j + 1 == rows) {
-        std::copy_n(even, width, out);
-        continue;
-      }
-      for (int64_t d = 0; d < width; ++d) {
-        out[d] = even[d] | static_cast<uint32_t>(odd[d]) << 16;
-      }
-    }
-  }
 
   const at::Tensor& input_;
   const Tensors& given_;

@@ -34,6 +34,10 @@ struct TileGradient {
 struct TileKernels {
   int64_t panel;
   Gemm gemm;
+  // Words along the rows of w (rows, width), each word's elements below each other: out (words of rows, width), a
+  // product's transposed a. w_row in bytes, out_row in words.
+  void (*transposed_words)(
+      const void* w, int64_t w_row, int64_t rows, int64_t width, uint32_t* out, int64_t out_row);
   // u (rows, panel) -> v in place (rows even), max (panel,) over v; a NaN is passed over.
   void (*values)(float* u, int64_t rows, const float* bias, const TileOptions&, float* max);
   // exp(slope * (v - max)) and its sum (panel,); kept (e, or v with softcap) if kept is not null.

@@ -15,6 +15,12 @@ constexpr int kVectors = SSD_CORE_PANEL_VECTORS;
 constexpr int kPanel = kVectors * kLanes;
 
 struct Float32Words {
+  static void transposed(const char* w, int64_t w_row, int64_t rows, int64_t width, uint32_t* out, int64_t out_row) {
+    for (int64_t j = 0; j < rows; ++j) {
+      __builtin_memcpy(out + j * out_row, w + j * w_row, width * sizeof(float));
+    }
+  }
+
   static SSD_CORE_INLINE Vec add_product(Vec c, const char* a, Vec b) {
     float x;
     __builtin_memcpy(&x, a, sizeof x);
@@ -24,6 +30,24 @@ struct Float32Words {
 
 #ifdef SSD_CORE_BFLOAT16
 struct Bfloat16Pairs {
+  static void transposed(const char* w, int64_t w_row, int64_t rows, int64_t width, uint32_t* out, int64_t out_row) {
+    for (int64_t j = 0; j < rows; j += 2, out += out_row) {
+      const auto* even = reinterpret_cast<const uint16_t*>(w + j * w_row);
+      const auto* odd = reinterpret_cast<const uint16_t*>(w + (j + 1) * w_row);
+      if (j + 1 < rows) {
+#pragma omp simd
+        for (int64_t d = 0; d < width; ++d) {
+          out[d] = even[d] | static_cast<uint32_t>(odd[d]) << 16;
+        }
+      } else {
+#pragma omp simd
+        for (int64_t d = 0; d < width; ++d) {
+          out[d] = even[d];
+        }
+      }
+    }
+  }
+
   static SSD_CORE_INLINE Vec add_product(Vec c, const char* a, Vec b) {
     int x;
     __builtin_memcpy(&x, a, sizeof x);
@@ -81,6 +105,11 @@ void gemm(
     int64_t k, bool add) {
   const auto product = add ? multiply<Words, true> : multiply<Words, false>;
   product(static_cast<const char*>(a), a_row, a_col, static_cast<const char*>(b), b_row, c, c_row, m, k);
+}
+
+template <class Words>
+void transposed_words(const void* w, int64_t w_row, int64_t rows, int64_t width, uint32_t* out, int64_t out_row) {
+  Words::transposed(static_cast<const char*>(w), w_row, rows, width, out, out_row);
 }
 
 // -- two rows of the vocabulary, at one vector of lanes: what is kept of them, and their gradient
@@ -258,7 +287,7 @@ void gradient(
 
 template <class Words, class Rows>
 constexpr TileKernels tiles() {
-  return {kPanel, gemm<Words>, values, exponentials<Rows>, spread, gradient<Rows>};
+  return {kPanel, gemm<Words>, transposed_words<Words>, values, exponentials<Rows>, spread, gradient<Rows>};
 }
 
 }  // namespace
