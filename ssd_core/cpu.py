@@ -27,7 +27,8 @@ def cross_entropy(
 ):
     count = len(logits) if rows is None else len(rows)
     results = logits.new_empty(3, count, dtype=torch.float32)
-    d_logits = None if row_scale is None else torch.zeros_like(logits, memory_format=torch.contiguous_format)
+    make = torch.empty_like if rows is None else torch.zeros_like
+    d_logits = None if row_scale is None else make(logits, memory_format=torch.contiguous_format)
     step = max(1, BLOCK // logits.shape[1])
     for start in range(0, count, step):
         part = slice(start, min(start + step, count))

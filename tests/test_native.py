@@ -415,6 +415,13 @@ def isas(tmp_path_factory):
     return supported
 
 
+def saved_by_each(isas, code, tmp_path):
+    """What ``code``, run on each instruction set, saves as ``<instruction set>.pt``."""
+    for isa in isas:
+        python(code, tmp_path, SSD_CORE_CPU_ISA=isa)
+    return [torch.load(tmp_path / f"{isa}.pt") for isa in isas]
+
+
 def test_isa_default_and_override(isas, tmp_path):
     if "SSD_CORE_CPU_ISA" not in os.environ:
         assert native.cpu_isa() == isas[-1]
@@ -443,10 +450,7 @@ for case in cases:
         results.append([*got, logits])
 torch.save(results, native.cpu_isa() + ".pt")
 """
-    results = []
-    for isa in isas:
-        python(code, tmp_path, SSD_CORE_CPU_ISA=isa)
-        results.append(torch.load(tmp_path / f"{isa}.pt"))
+    results = saved_by_each(isas, code, tmp_path)
     for level in results[1:]:
         for row, ref_row in zip(level, results[0], strict=True):
             for got, ref in zip(row[:3], ref_row[:3], strict=True):

@@ -1,0 +1,65 @@
+// What the products of a head are made of: its weight by tiles, and a chunk of hidden states in both orders.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+
+#include "tile_kernels.h"
+
+namespace ssd_core::cpu {
+
+constexpr int64_t kTile = 252;  // rows of a vocabulary tile: even, and whole blocks of the product
+
+inline int64_t divide_up(int64_t n, int64_t by) {
+  return (n + by - 1) / by;
+}
+
+// Uninitialised, and in huge pages where the system gives them: page faults of a large tensor that is used once cost as
+// much as a tenth of the call.
+at::Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options);
+
+// What products are made of: float32 words, or bfloat16 pairs where the machine multiplies those.
+struct Words {
+  const TileKernels* kernels;
+  const TileKernels* floats;  // of the same panel, for statistics of tiles
+  bool pairs;
+  bool wide;  // float32 is kept
+
+  int64_t words(int64_t n) const { return pairs ? divide_up(n, 2) : n; }
+  int64_t element() const { return pairs ? 2 : 4; }
+  int64_t kept_element() const { return wide ? 4 : 2; }
+};
+
+Words words_of(at::ScalarType dtype, bool softcap);
+
+// The head's weight, by tiles whose rows are words.
+class Weight {
+ public:
+  Weight(const at::Tensor& weight, at::ScalarType dtype, const Words& words);
+
+  int64_t scratch() const { return direct_ ? 0 : kTile * words_.words(hidden_) * 4; }
+
+  struct Rows {
+    const char* data;
+    int64_t row;  // bytes
+  };
+
+  // Rows `first` to `first + count`, as they are or made in `scratch`, of so many bytes as scratch() says.
+  Rows tile(int64_t first, int64_t count, char* scratch) const;
+
+ private:
+  const at::Tensor& weight_;
+  at::ScalarType dtype_;
+  Words words_;
+  int64_t hidden_;
+  bool direct_;
+};
+
+// Panels of b with tokens in the lanes, (panels, words of D, panel): x (n, D) contiguous, in words.
+void pack_by_token(const char* x, int64_t n, int64_t hidden, const Words& words, uint32_t* out);
+
+// Panels of b with coordinates in the lanes, (panels of D, words of n, panel).
+void pack_by_coordinate(const char* x, int64_t n, int64_t hidden, const Words& words, uint32_t* out, int64_t depth);
+
+}  // namespace ssd_core::cpu
