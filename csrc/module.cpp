@@ -6,8 +6,10 @@
 #include <torch/library.h>
 
 #include "cpu/cross_entropy_rows.h"
+#include "cpu/grad_filter.h"
 #include "cpu/isa.h"
 #include "cpu/linear_cross_entropy.h"
+#include "cpu/linear_head.h"
 
 TORCH_LIBRARY(ssd_core, m) {
   m.def(
@@ -61,6 +63,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("cpu_isa", [] { return cpu::isa_name(cpu::active_isa()); }, "The instruction set in use.");
   m.def("linear_cross_entropy", &cpu::linear_cross_entropy, py::call_guard<py::gil_scoped_release>());
   m.def("linear_cross_entropy_bytes", &cpu::linear_cross_entropy_bytes);
+  m.def("grad_filter_bytes", &cpu::grad_filter_bytes);
   m.def("tile_shape", &cpu::tile_shape);
   // The kernels' own functions, exposed so that their error bounds can be tested.
   m.def("exp_nonpositive", [](const at::Tensor& x) { return map_floats(cpu::active_row_kernels().exp, x); });

@@ -33,9 +33,10 @@ class Backend:
     lacks: tuple[str, ...] = ()                 # options that are not in this backend yet
     needs: str = ""                             # location of a function: None, or why the backend is unavailable
     automatic: bool = True                      # whether "auto" may choose it
+    counts: str = ""                            # location: (demand) -> bytes of (rows, columns), if it knows them
 
     def __post_init__(self) -> None:
-        for location in filter(None, (self.location, self.needs)):
+        for location in filter(None, (self.location, self.needs, self.counts)):
             if location.count(":") != 1:
                 raise ValueError(f"location: expected 'module:function', got {location!r}")
         unknown = set(self.dtypes) - set(FLOATS)
@@ -61,6 +62,10 @@ class Backend:
     def load(self) -> Callable:
         return _load(self.location)
 
+    def counted(self, demand):
+        """The ``plan.Demand``, with what this backend knows about its bytes."""
+        return dataclasses.replace(demand, held=_load(self.counts)(demand)) if self.counts else demand
+
 
 _CHUNKED = "ssd_core.chunked"
 _REFERENCE = "ssd_core.reference.run"
@@ -72,14 +77,14 @@ def _portable(op: str, module: str = "", *, reference_lacks: tuple[str, ...] = (
             Backend(op, "reference", f"{_REFERENCE}:{op}", lacks=reference_lacks, automatic=False))
 
 
-def _compiled(op: str, dtypes: tuple[str, ...], *, lacks: tuple[str, ...]) -> Backend:
+def _compiled(op: str, dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16"), *, lacks: tuple[str, ...] = ()):
+    counts = f"ssd_core.cpu:{op}_bytes" if op.startswith("linear_") else ""
     return Backend(op, "cpu", f"ssd_core.cpu:{op}", devices=("cpu",), dtypes=dtypes, lacks=lacks,
-                   needs="ssd_core.native:missing")
+                   needs="ssd_core.native:missing", counts=counts)
 
 
 BACKENDS = (
-    _compiled("linear_cross_entropy", ("float32", "bfloat16", "float16"),
-              lacks=("grad_filter", "grad_filter_weight", "process_group", "class probabilities")),
+    _compiled("linear_cross_entropy", lacks=("process_group", "class probabilities")),
     *_portable("linear_cross_entropy", reference_lacks=("process_group",)),
     *_portable("linear_distill", reference_lacks=("process_group",)),
     *_portable("linear_logprob", reference_lacks=("process_group",)),

@@ -14,11 +14,23 @@ def linear_cross_entropy(
     keep_float32, dtype, logit_scale, softcap, temperature, label_smoothing, z_loss, bucket, vocab, vocab_start, group,
     grad_filter, grad_filter_weight, vocab_order,
 ):
-    *results, d_input, d_weight, d_bias = native.linear_cross_entropy(
+    return native.linear_cross_entropy(
         input, linear_weight, linear_bias, ids.long(), probs, class_weight, rows, row_scale, dtype, needs, keep_float32,
         chunks.rows, chunks.tile, logit_scale=logit_scale, softcap=softcap, temperature=temperature,
-        label_smoothing=label_smoothing, z_loss=z_loss, bucket=bucket)
-    return *results, None, d_input, d_weight, d_bias
+        label_smoothing=label_smoothing, z_loss=z_loss, bucket=bucket, grad_filter=grad_filter,
+        grad_filter_weight=grad_filter_weight, vocab_order=vocab_order, held_bytes=chunks.spare)
+
+
+def linear_cross_entropy_bytes(demand):
+    def held(rows: int, columns: int) -> int:
+        found = native.linear_cross_entropy_bytes(
+            rows, columns, demand.vocab, demand.hidden, demand.support, demand.dtype, demand.softcap, demand.smoothing,
+            demand.cast or demand.filtered)
+        if demand.filtered:
+            found += native.grad_filter_bytes(demand.tokens, rows, demand.vocab, demand.hidden, demand.dtype)
+        return found
+
+    return held
 
 
 def cross_entropy(

@@ -70,6 +70,11 @@ def linear_cross_entropy_bytes(
         rows, columns, vocab, hidden, support, dtype, softcap, smoothing, cast)
 
 
+def grad_filter_bytes(tokens: int, rows: int, vocab: int, hidden: int, dtype: torch.dtype) -> int:
+    """The same of what the gradient filter holds on top."""
+    return _extension().grad_filter_bytes(tokens, rows, vocab, hidden, dtype)
+
+
 def linear_cross_entropy(
     input: torch.Tensor,  # (N, D) float32, bfloat16 or float16
     weight: torch.Tensor,  # (V, D)
@@ -91,12 +96,17 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     bucket: bool = False,
+    grad_filter: float = 0.0,
+    grad_filter_weight: float = 0.0,
+    vocab_order: torch.Tensor | None = None,  # (V,) int64; None: by mean probability
+    held_bytes: int = 1 << 62,  # of what the filter leaves, before d_weight's products
 ) -> tuple[torch.Tensor | None, ...]:
-    """``(loss, nll, lse, d_input, d_weight, d_bias)``, the first three (M,) float32; see
+    """``(loss, nll, lse, certificate, d_input, d_weight, d_bias)``, the first three (M,) float32; see
     csrc/cpu/linear_cross_entropy.h. Not differentiable itself."""
     return _extension().linear_cross_entropy(
         input, weight, bias, ids, probs, class_weight, index, row_scale, dtype, needs, keep_float32, rows, columns,
-        logit_scale, softcap, temperature, label_smoothing, z_loss, bucket,
+        logit_scale, softcap, temperature, label_smoothing, z_loss, bucket, grad_filter, grad_filter_weight,
+        vocab_order, held_bytes,
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -32,6 +33,7 @@ class ChunkPlan:
     rows: int
     columns: int
     tile: int
+    spare: int = 0      # bytes of the budget that are left
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +54,9 @@ class Demand:
     wide_input: bool = False    # d_input is added up in float32
     filtered: bool = False      # by the gradient filter, which needs all columns
     d_weight: bool = True       # a gradient of the weight is added up
-    compiled: bool = False      # by backend "cpu", whose extension says what it needs
     softcap: bool = False
     smoothing: bool = False
+    held: Callable[[int, int], int] | None = None   # bytes of so many rows and columns, if the backend counts them
 
     def fixed(self) -> int:
         """Bytes that do not depend on the plan, but for the row pass's own buffers."""
@@ -87,7 +89,7 @@ def plan_chunks(demand: Demand, workspace_bytes: int | None) -> ChunkPlan:
     """
     if workspace_bytes is None:
         workspace_bytes = DEFAULT_WORKSPACE.get(demand.device.type, ACCELERATOR_WORKSPACE)
-    if demand.compiled:
+    if demand.held is not None:
         return _plan_panels(demand, workspace_bytes)
     itemsize, vocab, tokens = demand.dtype.itemsize, demand.vocab, demand.tokens
     columns, product = vocab, 0
@@ -131,19 +133,20 @@ def _square(demand: Demand, free: int) -> tuple[int, int]:
 
 
 def _plan_panels(demand: Demand, workspace_bytes: int) -> ChunkPlan:
-    """The same for the compiled kernels: rows in whole panels, and columns in whole tiles or all."""
+    """The same for compiled kernels, which count their bytes: rows in whole panels, and columns in whole tiles or all."""
     panel, tile = native.tile_shape(demand.dtype)
     threads = torch.get_num_threads()
     panels, tiles = -(-max(1, demand.tokens) // panel), -(-demand.vocab // tile)
 
     def needed(p: int, t: int) -> int:
-        return native.linear_cross_entropy_bytes(
-            p * panel, demand.vocab if t == tiles else t * tile, demand.vocab, demand.hidden, demand.support,
-            demand.dtype, demand.softcap, demand.smoothing, demand.cast)
+        return demand.held(p * panel, demand.vocab if t == tiles else t * tile)
 
     def fit(most: int, bytes_of) -> int:
         """The largest number up to ``most`` that fits, or 0."""
-        return bisect.bisect_right(range(1, most + 1), workspace_bytes, key=bytes_of)
+        return bisect.bisect_right(range(1, most + 1), budget, key=bytes_of)
+
+    # what the gradient filter leaves waits for d_weight's products in the other half
+    budget = max(needed(1, 1), workspace_bytes // 2) if demand.filtered else workspace_bytes
 
     expected = f"at least {needed(1, 1)} for {panel * min(tile, demand.vocab)} logits"
     expect(needed(1, 1) <= workspace_bytes, "workspace_bytes", expected, workspace_bytes)
@@ -160,14 +163,15 @@ def _plan_panels(demand: Demand, workspace_bytes: int) -> ChunkPlan:
             p = p * 3 // 4
     _, p, t = min(plans)
     p = -(-panels // -(-panels // p))       # as many chunks, of equal size
-    return ChunkPlan(p * panel, tile, demand.vocab if t == tiles else t * tile)
+    return ChunkPlan(
+        p * panel, tile, demand.vocab if t == tiles else t * tile, max(0, workspace_bytes - needed(p, t)))
 
 
 def _cost(demand: Demand, rows: int, recomputed: int) -> float:
     """Of a call in products: those that any plan needs, the logits computed and looked at again, ``LOOK`` bytes for 2 D
     FLOP, and d_weight added up, 8 bytes for 2 ``rows`` FLOP."""
     itemsize = demand.dtype.itemsize
-    if demand.compiled:
+    if demand.held is not None:
         balance, again = COMPILED_BALANCE[itemsize], recomputed * COMPILED_AGAIN
     else:
         balance = BALANCE[itemsize][demand.device.type != "cpu"]

@@ -17,6 +17,12 @@
 
 namespace ssd_core::cpu {
 
+namespace {
+
+constexpr int64_t kDepth = 640;  // words that a product sums in one go: a panel of so many stays in cache
+
+}  // namespace
+
 at::Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
   at::Tensor x = at::empty(sizes, options);
 #if defined(__linux__)
@@ -77,36 +83,103 @@ void pack(const From* x, int64_t row, int64_t column, int64_t rows, int64_t colu
 
 }  // namespace
 
-Weight::Weight(const at::Tensor& weight, at::ScalarType dtype, const Words& words)
-    : weight_(weight), dtype_(dtype), words_(words), hidden_(weight.size(1)) {
+Weight::Weight(const at::Tensor& weight, at::ScalarType dtype, const Words& words, const at::Tensor& order)
+    : weight_(weight), dtype_(dtype), words_(words), order_(order), hidden_(weight.size(1)) {
   const at::ScalarType compute = words.pairs ? at::kBFloat16 : at::kFloat;
   direct_ = weight.scalar_type() == compute && weight.stride(1) == 1 && !(words.pairs && hidden_ % 2);
 }
 
 Weight::Rows Weight::tile(int64_t first, int64_t count, char* scratch) const {
-  const int64_t item = weight_.element_size();
-  const char* data = static_cast<const char*>(weight_.const_data_ptr()) + first * weight_.stride(0) * item;
-  if (direct_) {
-    return {data, weight_.stride(0) * item};
+  const int64_t row = weight_.stride(0) * weight_.element_size(), stride = words_.words(hidden_) * 4;
+  if (!order_.defined()) {
+    if (direct_) {
+      return {static_cast<const char*>(weight_.const_data_ptr()) + first * row, row};
+    }
+    put(first, count, scratch, stride);
+    return {scratch, stride};
   }
-  const int64_t stride = words_.words(hidden_) * 4 / words_.element();
+  const int64_t* ids = order_.const_data_ptr<int64_t>() + first;
+  for (int64_t j = 0; j < count; ++j) {
+    if (direct_) {
+      std::memcpy(
+          scratch + j * stride, static_cast<const char*>(weight_.const_data_ptr()) + ids[j] * row,
+          hidden_ * words_.element());
+    } else {
+      put(ids[j], 1, scratch + j * stride, stride);
+    }
+  }
+  return {scratch, stride};
+}
+
+// Rows of the weight as words, `stride` bytes apart.
+void Weight::put(int64_t first, int64_t count, char* out, int64_t stride) const {
+  const char* data =
+      static_cast<const char*>(weight_.const_data_ptr()) + first * weight_.stride(0) * weight_.element_size();
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kBFloat16, at::kHalf, weight_.scalar_type(), "weight", [&] {
         const auto* x = reinterpret_cast<const scalar_t*>(data);
         const auto to = [&](auto product) {
           using Product = decltype(product);
+          const int64_t row = weight_.stride(0), column = weight_.stride(1);
           if (words_.pairs) {
             pack<c10::BFloat16, Product>(
-                x, weight_.stride(0), weight_.stride(1), count, hidden_, reinterpret_cast<c10::BFloat16*>(scratch),
-                stride);
+                x, row, column, count, hidden_, reinterpret_cast<c10::BFloat16*>(out), stride / 2);
           } else {
-            pack<float, Product>(
-                x, weight_.stride(0), weight_.stride(1), count, hidden_, reinterpret_cast<float*>(scratch), stride);
+            pack<float, Product>(x, row, column, count, hidden_, reinterpret_cast<float*>(out), stride / 4);
           }
         };
         dtype_ == at::kBFloat16 ? to(c10::BFloat16()) : dtype_ == at::kHalf ? to(c10::Half()) : to(0.0f);
       });
-  return {scratch, stride * words_.element()};
+}
+
+void multiply_tokens(
+    const Words& words, const Weight::Rows& weight, const char* tokens, int64_t depth, int64_t rows, float* u) {
+  const int64_t panel = words.kernels->panel, block = divide_up(depth, divide_up(depth, kDepth));
+  for (int64_t k = 0; k < depth; k += block) {
+    words.kernels->gemm(
+        weight.data + k * 4, weight.row, 4, tokens + k * panel * 4, panel * 4, u, panel, rows,
+        std::min(block, depth - k), k > 0);
+  }
+}
+
+void store_word_element(const Words& words, char* rows, int64_t row, int64_t lane, float value) {
+  const int64_t panel = words.kernels->panel;
+  if (!words.pairs) {
+    reinterpret_cast<float*>(rows)[row * panel + lane] = value;
+  } else {
+    const int64_t pair = row / 2 * (words.wide ? 2 : 1) * panel + lane;
+    reinterpret_cast<c10::BFloat16*>(rows)[2 * pair + row % 2] = value;
+  }
+}
+
+void store_gradient(
+    const Words& words, char* kept, char* by_row, int64_t row_bytes, int64_t row, int64_t lane, float value) {
+  store_word_element(words, kept, row, lane, value);
+  char* to = by_row + row * row_bytes;
+  if (words.pairs) {
+    reinterpret_cast<c10::BFloat16*>(to)[lane] = value;
+  } else {
+    reinterpret_cast<float*>(to)[lane] = value;
+  }
+}
+
+void store_floats(const at::Tensor& to, int64_t at, const float* from, int64_t count, bool add) {
+  if (to.scalar_type() == at::kFloat) {
+    float* out = to.mutable_data_ptr<float>() + at;
+    for (int64_t k = 0; k < count; ++k) {
+      out[k] = from[k] + (add ? out[k] : 0.0f);
+    }
+  } else if (to.scalar_type() == at::kBFloat16) {
+    auto* out = reinterpret_cast<uint16_t*>(to.mutable_data_ptr<c10::BFloat16>() + at);
+    for (int64_t k = 0; k < count; ++k) {  // to nearest even; without a branch, in vectors
+      uint32_t bits;
+      std::memcpy(&bits, from + k, sizeof bits);
+      const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+      out[k] = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+    }
+  } else {
+    std::copy_n(from, count, to.mutable_data_ptr<c10::Half>() + at);
+  }
 }
 
 void pack_by_token(const char* x, int64_t n, int64_t hidden, const Words& words, uint32_t* out) {

@@ -9,7 +9,7 @@
 
 namespace ssd_core::cpu {
 
-constexpr int64_t kTile = 252;  // rows of a vocabulary tile: even, and whole blocks of the product
+constexpr int64_t kTile = 256;  // rows of a vocabulary tile; the gradient filter's tiles by definition
 
 inline int64_t divide_up(int64_t n, int64_t by) {
   return (n + by - 1) / by;
@@ -36,9 +36,10 @@ Words words_of(at::ScalarType dtype, bool softcap);
 // The head's weight, by tiles whose rows are words.
 class Weight {
  public:
-  Weight(const at::Tensor& weight, at::ScalarType dtype, const Words& words);
+  // `order` (V,) int64, or undefined: which rows of weight follow each other.
+  Weight(const at::Tensor& weight, at::ScalarType dtype, const Words& words, const at::Tensor& order);
 
-  int64_t scratch() const { return direct_ ? 0 : kTile * words_.words(hidden_) * 4; }
+  int64_t scratch() const { return direct_ && !order_.defined() ? 0 : kTile * words_.words(hidden_) * 4; }
 
   struct Rows {
     const char* data;
@@ -49,12 +50,35 @@ class Weight {
   Rows tile(int64_t first, int64_t count, char* scratch) const;
 
  private:
+  void put(int64_t first, int64_t count, char* out, int64_t stride) const;
+
   const at::Tensor& weight_;
   at::ScalarType dtype_;
   Words words_;
+  at::Tensor order_;
   int64_t hidden_;
-  bool direct_;
+  bool direct_;  // rows are words as they are
 };
+
+// u (rows, panel) = the rows of a tile times a panel of tokens, `depth` words long.
+void multiply_tokens(
+    const Words& words, const Weight::Rows& weight, const char* tokens, int64_t depth, int64_t rows, float* u);
+
+// Distance in words of the rows of transposed words: an odd number of cache lines, or the rows of many heads would all
+// meet in a few sets of the cache.
+inline int64_t slice_stride(int64_t width) {
+  return (divide_up(width, 16) | 1) * 16;
+}
+
+// Element (row, lane) of rows of words, pairs of them below each other.
+void store_word_element(const Words& words, char* rows, int64_t row, int64_t lane, float value);
+
+// A gradient where a block's are: in place of what was kept, and by rows of the vocabulary.
+void store_gradient(
+    const Words& words, char* kept, char* by_row, int64_t row_bytes, int64_t row, int64_t lane, float value);
+
+// Floats to elements `at` and on of a contiguous tensor of any floating dtype; added to those of a float32 one.
+void store_floats(const at::Tensor& to, int64_t at, const float* from, int64_t count, bool add);
 
 // Panels of b with tokens in the lanes, (panels, words of D, panel): x (n, D) contiguous, in words.
 void pack_by_token(const char* x, int64_t n, int64_t hidden, const Words& words, uint32_t* out);

@@ -13,11 +13,7 @@ namespace ssd_core::cpu {
 //
 // -> loss, nll, lse (M,) float32 and, with row_scale, the gradients of sum_i row_scale_i loss_i that `needs` asks for
 // (input, weight, bias; undefined otherwise), those of weight and bias in float32 if keep_float32.
-//
-// Two passes over a chunk: A multiplies tile by tile of the vocabulary, keeps exp(z - max of the tile) and the tile's
-// max and sum; B, now that the row's are known, turns them into the gradient in place, and multiplies that with input
-// and weight. If columns < V nothing is kept in A, and B starts with the products of A again.
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_cross_entropy(
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_cross_entropy(
     const at::Tensor& input,                        // (N, D)
     const at::Tensor& weight,                       // (V, D) float32, bfloat16 or float16
     const std::optional<at::Tensor>& bias,          // (V,)
@@ -36,15 +32,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     double temperature,
     double label_smoothing,
     double z_loss,
-    bool bucket);
+    bool bucket,
+    double grad_filter,         // bounds on the softmax mass that products leave out: see grad_filter.h; 0: exact
+    double grad_filter_weight,
+    const std::optional<at::Tensor>& vocab_order,  // (V,) int64; none: by mean probability
+    int64_t held_bytes);                           // of active gradient that may wait
 
-// Bytes that it holds at most, beyond inputs and gradients, in chunks of so many rows and columns. Rows come in whole
-// panels and columns in whole tiles, or all; `cast`: the weight is of another dtype, or its rows are not contiguous.
+// Bytes that it holds at most: see head_bytes.
 int64_t linear_cross_entropy_bytes(
     int64_t rows, int64_t columns, int64_t vocab, int64_t hidden, int64_t support, at::ScalarType dtype, bool softcap,
     bool smoothing, bool cast);
-
-// Rows of a panel, columns of a tile.
-std::tuple<int64_t, int64_t> tile_shape(at::ScalarType dtype);
 
 }  // namespace ssd_core::cpu

@@ -21,13 +21,20 @@ struct TileOptions {
   bool softcap;
   float cap_slope;
   float slope;
+  bool keep_values;  // v in float32; otherwise exp(slope * (v - max of the tile)), as words
 };
 
-// One panel's lanes, (panel,) each: du = (factor * e - uniform * c_j) [* (1 - v^2)].
+// One panel's lanes, (panel,) each, x = slope * (v - max):
+// du = ((factor + slope_term * x) * e^x + second * exp(second_slope * (v - max)) + addend - uniform * c_j)
+//      [* (1 - v^2) with softcap]. Null: 0. What follows `uniform` is for values only.
 struct TileGradient {
-  const float* max;      // with softcap, e = exp(slope * (v - max)); without, e is what was kept
+  const float* max;      // of values; of kept exponentials, factor is relative to what they are
   const float* factor;
-  const float* uniform;  // null: 0
+  const float* uniform = nullptr;
+  const float* slope_term = nullptr;
+  const float* second = nullptr;
+  float second_slope = 0.0f;
+  const float* addend = nullptr;  // (rows, panel)
 };
 
 // What is kept of a tile is overwritten by its gradient, in the layout that d_input's product reads.
@@ -40,14 +47,21 @@ struct TileKernels {
       const void* w, int64_t w_row, int64_t rows, int64_t width, uint32_t* out, int64_t out_row);
   // u (rows, panel) -> v in place (rows even), max (panel,) over v; a NaN is passed over.
   void (*values)(float* u, int64_t rows, const float* bias, const TileOptions&, float* max);
-  // exp(slope * (v - max)) and its sum (panel,); kept (e, or v with softcap) if kept is not null.
+  // exp(slope * (v - max)) and its sum (panel,); kept (e, or v) if kept is not null.
   void (*exponentials)(const float* v, int64_t rows, const float* max, const TileOptions&, void* kept, float* sum);
+  // sum_j e^x x with x = slope * (v_j - max), and the first j of v_j = max, (panel,) each.
+  void (*moments)(const float* v, int64_t rows, const float* max, float slope, float* sum, int32_t* first);
   // sum_j c_j (max - v_j), (panel,); c null: 1.
   void (*spread)(const float* v, int64_t rows, const float* max, const float* class_weight, float* sum);
   // The gradient in place of what was kept, and once more by rows of the vocabulary, for d_weight's product.
   void (*gradient)(
       void* kept, int64_t rows, const float* class_weight, const TileGradient&, const TileOptions&, void* by_row,
       int64_t by_row_stride);
+  // Of elements (rows, n): sums of each column, and of each row the sum of those whose mask (n,) is 1. Both are added
+  // to; n a multiple of the panel.
+  void (*masked_sums)(
+      const void* by_row, int64_t rows, int64_t by_row_stride, int64_t n, const float* mask, float* column_sums,
+      float* row_sums);
 };
 
 // kernels of float32 words, and of bfloat16 pairs (null gemm: the instruction set has no such product)
@@ -62,7 +76,7 @@ extern const TileKernels float32_tiles;
 }
 namespace avx512bf16 {
 extern const TileKernels bfloat16_tiles;
-extern const TileKernels bfloat16_wide_tiles;  // what is kept is float32: with softcap
+extern const TileKernels bfloat16_wide_tiles;  // for what keeps values
 }
 
 }  // namespace ssd_core::cpu

@@ -94,8 +94,16 @@ void multiply(
   for (; i + kRows <= m; i += kRows) {
     multiply_rows<Words, kRows, kAdd>(a + i * a_row, a_row, a_col, b, b_row, c + i * c_row, c_row, k);
   }
-  for (; i < m; ++i) {
-    multiply_rows<Words, 1, kAdd>(a + i * a_row, a_row, a_col, b, b_row, c + i * c_row, c_row, k);
+  const auto rest = [&]<int kM>() __attribute__((always_inline)) {
+    multiply_rows<Words, kM, kAdd>(a + i * a_row, a_row, a_col, b, b_row, c + i * c_row, c_row, k);
+  };
+  switch (m - i) {
+    case 5: return rest.template operator()<5>();
+    case 4: return rest.template operator()<4>();
+    case 3: return rest.template operator()<3>();
+    case 2: return rest.template operator()<2>();
+    case 1: return rest.template operator()<1>();
+    default: return;
   }
 }
 
@@ -207,7 +215,7 @@ void values(float* u, int64_t rows, const float* bias, const TileOptions& option
   run(u, rows, bias, options.cap_slope, max);
 }
 
-template <class Rows, bool kKeep, bool kSoftcap>
+template <class Rows, bool kKeep, bool kValues>
 void exponentials_of(const float* v, int64_t rows, const float* max, float slope, char* kept, float* sum) {
   for (int lane = 0; lane < kPanel; lane += kLanes) {
     const Vec most = load(max + lane);
@@ -221,7 +229,7 @@ void exponentials_of(const float* v, int64_t rows, const float* max, float slope
       sum0 += e0;
       sum1 += e1;
       if constexpr (kKeep) {
-        kSoftcap ? Rows::put(out, v0, v1) : Rows::put(out, e0, e1);
+        kValues ? Rows::put(out, v0, v1) : Rows::put(out, e0, e1);
       }
     }
     keep(sum + lane, sum0 + sum1);
@@ -231,8 +239,26 @@ void exponentials_of(const float* v, int64_t rows, const float* max, float slope
 template <class Rows>
 void exponentials(const float* v, int64_t rows, const float* max, const TileOptions& options, void* kept, float* sum) {
   const auto run = !kept ? exponentials_of<Rows, false, false>
-                         : (options.softcap ? exponentials_of<Rows, true, true> : exponentials_of<Rows, true, false>);
+                         : (options.keep_values ? exponentials_of<Rows, true, true>
+                                                : exponentials_of<Rows, true, false>);
   run(v, rows, max, options.slope, static_cast<char*>(kept), sum);
+}
+
+void moments(const float* v, int64_t rows, const float* max, float slope, float* sum, int32_t* first) {
+  for (int lane = 0; lane < kPanel; lane += kLanes) {
+    const Vec most = load(max + lane);
+    const Vec shift = pick(most == all_lanes(-__builtin_inff()), Vec{}, most);
+    Vec total{};
+    Mask place{};
+    for (int64_t j = rows - 1; j >= 0; --j) {
+      const Vec value = load(v + j * kPanel + lane), x = slope * (value - shift);
+      const Vec e = exp_nonpositive(x);
+      total += pick(e == Vec{}, Vec{}, e * x);  // 0 log 0 = 0; a NaN stays
+      place = value == most ? (Mask{} + static_cast<int32_t>(j)) : place;
+    }
+    keep(sum + lane, total);
+    keep(first + lane, place);
+  }
 }
 
 void spread(const float* v, int64_t rows, const float* max, const float* class_weight, float* sum) {
@@ -247,23 +273,44 @@ void spread(const float* v, int64_t rows, const float* max, const float* class_w
   }
 }
 
-template <class Rows, bool kSoftcap, bool kUniform>
+template <class Rows, bool kValues, bool kSoftcap, bool kUniform, bool kMore>
 void gradient_of(
     char* kept, int64_t rows, const float* class_weight, const TileGradient& terms, float slope, char* by_row,
     int64_t by_row_stride) {
   for (int lane = 0; lane < kPanel; lane += kLanes) {
+    const auto lanes = [=](const float* x) __attribute__((always_inline)) { return x ? load(x + lane) : Vec{}; };
     const Vec factor = load(terms.factor + lane);
     const Vec uniform = kUniform ? load(terms.uniform + lane) : Vec{};
-    const Vec max = kSoftcap ? load(terms.max + lane) : Vec{};
+    const Vec max = kValues ? load(terms.max + lane) : Vec{};
+    const Vec slope_term = kMore ? lanes(terms.slope_term) : Vec{};
+    const Vec second = kMore ? lanes(terms.second) : Vec{};
+    const float* addend = kMore && terms.addend ? terms.addend + lane : nullptr;
     char* at = kept + lane * sizeof(float);
     char* row = by_row + lane * sizeof(typename Rows::Element);
-    const auto gradient_at = [=](Vec x, int64_t j) __attribute__((always_inline)) {
-      Vec g = factor * (kSoftcap ? exp_nonpositive(slope * (x - max)) : x);
+    const auto gradient_at = [=](Vec v, int64_t j) __attribute__((always_inline)) {
+      Vec g;
+      if constexpr (!kValues) {
+        g = factor * v;
+      } else {
+        const Vec x = slope * (v - max);
+        const Vec e = exp_nonpositive(x);
+        if constexpr (!kMore) {
+          g = factor * e;
+        } else {
+          g = pick(e == Vec{}, Vec{}, (factor + slope_term * x) * e);
+          if (terms.second) {
+            g += second * exp_nonpositive(terms.second_slope * (v - max));
+          }
+          if (addend) {
+            g += load(addend + j * kPanel);
+          }
+        }
+      }
       if constexpr (kUniform) {
         g -= class_weight ? uniform * class_weight[j] : uniform;
       }
       if constexpr (kSoftcap) {
-        g *= 1.0f - x * x;
+        g *= 1.0f - v * v;
       }
       return g;
     };
@@ -275,19 +322,48 @@ void gradient_of(
   }
 }
 
+template <class Rows, bool kSoftcap>
+auto gradient_of_values(const TileGradient& terms) {
+  const bool more = terms.slope_term || terms.second || terms.addend;
+  return terms.uniform ? (more ? gradient_of<Rows, true, kSoftcap, true, true>
+                               : gradient_of<Rows, true, kSoftcap, true, false>)
+                       : (more ? gradient_of<Rows, true, kSoftcap, false, true>
+                               : gradient_of<Rows, true, kSoftcap, false, false>);
+}
+
 template <class Rows>
 void gradient(
     void* kept, int64_t rows, const float* class_weight, const TileGradient& terms, const TileOptions& options,
     void* by_row, int64_t by_row_stride) {
-  const auto run = options.softcap
-      ? (terms.uniform ? gradient_of<Rows, true, true> : gradient_of<Rows, true, false>)
-      : (terms.uniform ? gradient_of<Rows, false, true> : gradient_of<Rows, false, false>);
+  auto run = terms.uniform ? gradient_of<Rows, false, false, true, false> : gradient_of<Rows, false, false, false, false>;
+  if (options.keep_values) {
+    run = options.softcap ? gradient_of_values<Rows, true>(terms) : gradient_of_values<Rows, false>(terms);
+  }
   run(static_cast<char*>(kept), rows, class_weight, terms, options.slope, static_cast<char*>(by_row), by_row_stride);
+}
+
+template <class Rows>
+void masked_sums(
+    const void* by_row, int64_t rows, int64_t by_row_stride, int64_t n, const float* mask, float* column_sums,
+    float* row_sums) {
+  using Element = typename Rows::Element;
+  for (int64_t j = 0; j < rows; ++j) {
+    const auto* row = reinterpret_cast<const Element*>(static_cast<const char*>(by_row) + j * by_row_stride);
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < n; ++i) {
+      const float g = to_float(row[i]);
+      column_sums[i] += g;
+      sum += mask[i] * g;
+    }
+    row_sums[j] += sum;
+  }
 }
 
 template <class Words, class Rows>
 constexpr TileKernels tiles() {
-  return {kPanel, gemm<Words>, transposed_words<Words>, values, exponentials<Rows>, spread, gradient<Rows>};
+  return {kPanel,  gemm<Words>, transposed_words<Words>, values,           exponentials<Rows>,
+          moments, spread,      gradient<Rows>,          masked_sums<Rows>};
 }
 
 }  // namespace

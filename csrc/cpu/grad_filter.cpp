@@ -1,0 +1,435 @@
+#include "grad_filter.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <numeric>
+#include <utility>
+
+namespace ssd_core::cpu {
+
+namespace {
+
+constexpr int64_t kBlock = 512;  // tokens of one product of d_weight
+
+// c (m, width) += a (m, k) b (k, width) in float32; strides of a in elements.
+void add_product(
+    const Words& words, const float* a, int64_t a_row, int64_t a_col, const float* b, float* c, int64_t width, int64_t m,
+    int64_t k) {
+  for (int64_t q = 0; q < width; q += words.floats->panel) {
+    words.floats->gemm(a, a_row * 4, a_col * 4, b + q, width * 4, c + q, width, m, k, true);
+  }
+}
+
+// Row `place` of the summed dimension of words (places, width): with pairs, one half of each word.
+void put_row(const Words& words, int64_t place, const char* row, int64_t count, uint32_t* out, int64_t width) {
+  if (!words.pairs) {
+    std::memcpy(out + place * width, row, count * 4);
+    return;
+  }
+  const auto* from = reinterpret_cast<const uint16_t*>(row);
+  uint32_t* to = out + place / 2 * width;
+  for (int64_t k = 0; k < count; ++k) {
+    to[k] = place % 2 ? to[k] | static_cast<uint32_t>(from[k]) << 16 : from[k];
+  }
+}
+
+// out += factor * a row of elements
+void add_row(const Words& words, const char* row, float factor, int64_t count, float* out) {
+  for (int64_t k = 0; k < count; ++k) {
+    float x;
+    if (words.pairs) {
+      const uint32_t bits = static_cast<uint32_t>(reinterpret_cast<const uint16_t*>(row)[k]) << 16;
+      std::memcpy(&x, &bits, sizeof x);
+    } else {
+      x = reinterpret_cast<const float*>(row)[k];
+    }
+    out[k] += factor * x;
+  }
+}
+
+}  // namespace
+
+GradFilter::GradFilter(double delta_input, double delta_weight, int64_t held_bytes, Tokens tokens)
+    : held_limit_(held_bytes), tokens_(std::move(tokens)) {
+  const auto share = [&](double delta) {
+    for (size_t s = 0; s < shares_.size(); ++s) {
+      if (shares_[s].delta == delta) {
+        return static_cast<int>(s);
+      }
+    }
+    shares_.emplace_back().delta = delta;
+    return static_cast<int>(shares_.size()) - 1;
+  };
+  input_ = delta_input > 0 ? share(delta_input) : -1;
+  weight_ = delta_weight > 0 ? share(delta_weight) : -1;
+}
+
+void GradFilter::allocate(const HeadCall& call, const Grid& grid, const Words& words, const Weight& weight) {
+  call_ = &call;
+  grid_ = grid;
+  words_ = words;
+  head_weight_ = &weight;
+  hidden_ = call.input.size(1);
+  count_ = call.count();
+  width_ = divide_up(hidden_, grid.panel) * grid.panel;
+  wants_input_ = call.scaled && call.needs[0] && filters_input();
+  wants_weight_ = call.scaled && call.needs[1] && filters_weight();
+  const auto floats = at::TensorOptions(at::kFloat);
+  for (Share& share : shares_) {
+    share.skips.resize(grid.tiles * grid.panels * grid.panel);
+    if (call.scaled) {
+      share.token_mass.assign(grid.tiles * count_, 0.0f);
+      share.column_mass.assign(grid.vocab, 0.0f);
+    }
+  }
+  if (wants_input_) {
+    d_tokens_ = at::zeros({count_, width_}, floats);
+    slices_.resize(step());
+    step_rows_.resize(step());
+    own_rows_.resize(step());
+  }
+  if (wants_weight_) {
+    held_.resize(grid.tiles);
+    directions_ = at::zeros({grid.tiles, width_}, floats);
+  }
+}
+
+int64_t GradFilter::step() const {
+  return 2 * at::get_num_threads();
+}
+
+// Per token, skip the lightest tiles while their summed mass stays within the bound; of equal ones the first.
+void GradFilter::select(Share& share) {
+  const int64_t tiles = grid_.tiles, n = chunk_.n, stride = grid_.panels * grid_.panel;
+  std::vector<double> skipped(n);
+  std::vector<int64_t> stayed(n);
+  at::parallel_for(0, n, 16, [&](int64_t begin, int64_t end) {
+    std::vector<float> mass(tiles);
+    std::vector<std::pair<float, int32_t>> light;
+    for (int64_t i = begin; i < end; ++i) {
+      tokens_.masses(i, mass.data());
+      light.clear();
+      for (int64_t t = 0; t < tiles; ++t) {
+        share.skips[t * stride + i] = 0;
+        if (mass[t] <= share.delta) {
+          light.emplace_back(mass[t], static_cast<int32_t>(t));
+        }
+      }
+      std::sort(light.begin(), light.end());
+      double total = 0;
+      stayed[i] = tiles;
+      for (const auto& [m, t] : light) {
+        if (total + m > share.delta) {
+          break;
+        }
+        total += m;
+        share.skips[t * stride + i] = 1;
+        --stayed[i];
+      }
+      skipped[i] = total;
+    }
+  });
+  for (int64_t i = 0; i < n; ++i) {
+    share.skipped_max = std::max(share.skipped_max, skipped[i]);
+    share.skipped_sum += skipped[i];
+    share.active_count += static_cast<double>(stayed[i]);
+  }
+  share.active.clear();
+  share.active_first.assign(1, 0);
+  for (int64_t t = 0; t < tiles; ++t) {
+    for (int64_t i = 0; i < n; ++i) {
+      if (!share.skips[t * stride + i]) {
+        share.active.push_back(static_cast<int32_t>(i));
+      }
+    }
+    share.active_first.push_back(static_cast<int64_t>(share.active.size()));
+  }
+}
+
+void GradFilter::open(const Chunk& chunk, const at::Tensor& x) {
+  chunk_ = chunk;
+  for (Share& share : shares_) {
+    select(share);
+  }
+  if (!call_->scaled) {
+    return;
+  }
+  for (int64_t i = 0; i < chunk.n; ++i) {
+    const double weight = tokens_.weight(i);
+    positive_ = positive_ || weight > 0;
+    negative_ = negative_ || weight < 0;
+  }
+  TORCH_CHECK_VALUE(
+      !(positive_ && negative_),
+      "grad_filter: expected token weights and upstream gradients of one sign, got both signs");
+  if (wants_weight_) {
+    states_.push_back(x);
+    held_bytes_ += static_cast<int64_t>(x.nbytes());
+  }
+}
+
+void GradFilter::take(
+    const Block& all, const char* kept, int64_t kept_stride, const char* by_row, int64_t row_bytes, int64_t slot) {
+  const int64_t panel = grid_.panel, t = all.tile, padded = chunk_.panels * panel, words = words_.words(kTile);
+  const int64_t kept_row = panel * words_.kept_element() * (words_.pairs ? 2 : 1);
+  std::vector<float> mask(padded), sums(padded);
+  for (size_t s = 0; s < shares_.size(); ++s) {
+    Share& share = shares_[s];
+    const uint8_t* skips = share.skips.data() + t * grid_.panels * panel;
+    for (int64_t i = 0; i < padded; ++i) {
+      mask[i] = i < chunk_.n && skips[i] ? 1.0f : 0.0f;
+    }
+    std::fill(sums.begin(), sums.end(), 0.0f);
+    words_.kernels->masked_sums(
+        by_row, all.own, row_bytes, padded, mask.data(), sums.data(), share.column_mass.data() + all.first);
+    float* token_mass = share.token_mass.data() + t * count_ + chunk_.begin;
+    for (int64_t i = 0; i < chunk_.n; ++i) {
+      token_mass[i] = mask[i] * sums[i];
+    }
+    const bool for_input = wants_input_ && static_cast<int>(s) == input_;
+    const bool for_weight = wants_weight_ && static_cast<int>(s) == weight_;
+    if (!for_input && !for_weight) {
+      continue;
+    }
+    Held rows;
+    rows.chunk = static_cast<int64_t>(states_.size()) - 1;
+    rows.tokens.assign(
+        share.active.begin() + share.active_first[t], share.active.begin() + share.active_first[t + 1]);
+    rows.words.assign(rows.tokens.size() * words, 0);
+    uint32_t* out = rows.words.data();
+    for (const int32_t i : rows.tokens) {
+      const char* column = kept + i / panel * kept_stride + i % panel * 4;
+      for (int64_t k = 0; k < words_.words(all.own); ++k) {
+        std::memcpy(out + k, column + k * kept_row, 4);
+      }
+      out += words;
+    }
+    if (for_weight) {
+      held_[t].push_back(std::move(rows));
+    } else {
+      own_rows_[slot] = std::move(rows);
+    }
+    if (for_input) {
+      step_rows_[slot] = for_weight ? &held_[t].back() : &own_rows_[slot];
+    }
+  }
+  if (wants_input_) {
+    const std::unique_ptr<char[]> scratch(new char[head_weight_->scratch() + 64]);
+    const Weight::Rows w = head_weight_->tile(all.first, all.own, scratch.get());
+    const int64_t stride = slice_stride(width_);
+    slices_[slot].assign(words * stride, 0);
+    words_.kernels->transposed_words(w.data, w.row, all.own, hidden_, slices_[slot].data(), stride);
+  }
+}
+
+// By coordinate: each is summed by one thread in the order of the vocabulary.
+void GradFilter::input_products(int64_t first_tile, int64_t last_tile) {
+  if (!wants_input_) {
+    return;
+  }
+  const int64_t panel = grid_.panel, words = words_.words(kTile), stride = slice_stride(width_);
+  at::parallel_for(0, width_ / panel, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> product;
+    for (int64_t slot = 0; slot < last_tile - first_tile; ++slot) {
+      const Held& rows = *step_rows_[slot];
+      const auto count = static_cast<int64_t>(rows.tokens.size());
+      product.resize(count * panel);
+      for (int64_t q = begin; q < end && count > 0; ++q) {
+        words_.kernels->gemm(
+            rows.words.data(), words * 4, 4, slices_[slot].data() + q * panel, stride * 4, product.data(), panel, count,
+            words, false);
+        for (int64_t k = 0; k < count; ++k) {
+          float* out = d_tokens_.mutable_data_ptr<float>() + (chunk_.begin + rows.tokens[k]) * width_ + q * panel;
+          const float* from = product.data() + k * panel;
+          for (int64_t lane = 0; lane < panel; ++lane) {
+            out[lane] += from[lane];
+          }
+        }
+      }
+    }
+  });
+}
+
+void GradFilter::end_chunk(const at::Tensor& d_weight) {
+  if (!wants_weight_) {
+    return;
+  }
+  add_directions();
+  const int64_t taken = static_cast<int64_t>(shares_[weight_].active.size()) * (words_.words(kTile) + 1) * 4;
+  held_bytes_ += taken;
+  const bool more = chunk_.begin + chunk_.n < count_;
+  if (more && held_bytes_ + taken > held_limit_) {  // the next chunk's would be too much
+    flush(d_weight, false);
+  }
+}
+
+// M^T x, of this chunk.
+void GradFilter::add_directions() {
+  const at::Tensor& x = states_.back();
+  const int64_t n = chunk_.n;
+  std::vector<float> wide(n * width_, 0.0f);
+  const at::Tensor floats = x.to(at::kFloat);
+  for (int64_t i = 0; i < n; ++i) {
+    std::copy_n(floats.const_data_ptr<float>() + i * hidden_, hidden_, wide.data() + i * width_);
+  }
+  const float* mass = shares_[weight_].token_mass.data() + chunk_.begin;
+  at::parallel_for(0, grid_.tiles, 6, [&](int64_t begin, int64_t end) {
+    add_product(
+        words_, mass + begin * count_, count_, 1, wide.data(), directions_.mutable_data_ptr<float>() + begin * width_,
+        width_, end - begin, n);
+  });
+}
+
+// What waits of a tile, times its hidden states: added to product (rows, width).
+void GradFilter::weight_products(int64_t tile, float* product) const {
+  const int64_t words = words_.words(kTile), panel = grid_.panel;
+  const int64_t depth = words_.words(kBlock), element = words_.element();
+  std::vector<uint32_t> a(depth * kTile), b(depth * width_);
+  int64_t filled = 0;  // tokens of a and b
+  const auto multiply = [&] {
+    for (int64_t q = 0; q < width_; q += panel) {
+      words_.kernels->gemm(
+          a.data(), 4, kTile * 4, b.data() + q, width_ * 4, product + q, width_, grid_.rows(tile),
+          words_.words(filled), true);
+    }
+    filled = 0;
+  };
+  for (const Held& rows : held_[tile]) {
+    const auto* x = static_cast<const char*>(states_[rows.chunk].const_data_ptr());
+    for (size_t k = 0; k < rows.tokens.size(); ++k) {
+      const char* state = x + rows.tokens[k] * hidden_ * element;
+      put_row(words_, filled, reinterpret_cast<const char*>(rows.words.data() + k * words), kTile, a.data(), kTile);
+      put_row(words_, filled, state, hidden_, b.data(), width_);
+      if (++filled == kBlock) {
+        multiply();
+      }
+    }
+  }
+  if (filled > 0) {
+    multiply();
+  }
+}
+
+void GradFilter::flush(const at::Tensor& d_weight, bool last) {
+  const bool direct = d_weight.scalar_type() == at::kFloat;
+  if (!last && !direct && !d_weight_sum_.defined()) {
+    d_weight_sum_ = empty(d_weight.sizes(), at::TensorOptions(at::kFloat));
+  }
+  const at::Tensor& sum = direct ? d_weight : d_weight_sum_;
+  const bool add = flushed_;
+  at::parallel_for(0, divide_up(grid_.vocab, kTile), 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> product(kTile * width_);
+    for (int64_t t = begin; t < end; ++t) {
+      std::fill(product.begin(), product.end(), 0.0f);
+      weight_products(t, product.data());
+      if (last) {
+        match_weight(t, product.data());
+      }
+      for (int64_t j = 0; j < grid_.rows(t); ++j) {
+        const int64_t at = call_->id(t * kTile + j) * hidden_;
+        float* row = product.data() + j * width_;
+        if (last && !direct && add) {
+          const float* before = sum.const_data_ptr<float>() + at;
+          for (int64_t d = 0; d < hidden_; ++d) {
+            row[d] += before[d];
+          }
+        }
+        store_floats(last ? d_weight : sum, at, row, hidden_, add && (direct || !last));
+      }
+    }
+  });
+  for (auto& rows : held_) {
+    rows.clear();
+  }
+  states_.clear();
+  held_bytes_ = 0;
+  flushed_ = true;
+}
+
+std::vector<float> GradFilter::shape_of(const Share& share, int64_t tile) const {
+  const float* mass = share.column_mass.data() + tile * kTile;
+  std::vector<float> shape(mass, mass + grid_.rows(tile));
+  const double total = std::accumulate(shape.begin(), shape.end(), 0.0);
+  for (float& c : shape) {
+    c = total == 0 ? 0.0f : static_cast<float>(c / total);
+  }
+  return shape;
+}
+
+void GradFilter::match_weight(int64_t tile, float* product) const {
+  const std::vector<float> shape = shape_of(shares_[weight_], tile);
+  const float* direction = directions_.const_data_ptr<float>() + tile * width_;
+  for (size_t j = 0; j < shape.size(); ++j) {
+    for (int64_t d = 0; d < hidden_; ++d) {
+      product[j * width_ + d] += shape[j] * direction[d];
+    }
+  }
+}
+
+// M times each tile's mean row, sum_j c_j W_j.
+void GradFilter::match_input() {
+  const int64_t tiles = divide_up(grid_.vocab, kTile);
+  std::vector<float> mean(tiles * width_, 0.0f);
+  at::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<char[]> scratch(new char[head_weight_->scratch() + 64]);
+    for (int64_t t = begin; t < end; ++t) {
+      const std::vector<float> shape = shape_of(shares_[input_], t);
+      const Weight::Rows w = head_weight_->tile(t * kTile, grid_.rows(t), scratch.get());
+      for (size_t j = 0; j < shape.size(); ++j) {
+        add_row(words_, w.data + j * w.row, shape[j], hidden_, mean.data() + t * width_);
+      }
+    }
+  });
+  at::parallel_for(0, count_, 6, [&](int64_t begin, int64_t end) {
+    add_product(
+        words_, shares_[input_].token_mass.data() + begin, 1, count_, mean.data(),
+        d_tokens_.mutable_data_ptr<float>() + begin * width_, width_, end - begin, tiles);
+  });
+}
+
+void GradFilter::close(const at::Tensor& d_input, const at::Tensor& d_weight) {
+  if (wants_input_) {
+    match_input();
+    const at::Tensor found = d_tokens_.slice(1, 0, hidden_).to(d_input.scalar_type());
+    if (call_->index.defined()) {
+      d_input.index_copy_(0, call_->index, found);
+    } else {
+      d_input.copy_(found);
+    }
+  }
+  if (wants_weight_ && count_ > 0) {
+    flush(d_weight, true);
+  }
+}
+
+at::Tensor GradFilter::certificate() const {
+  at::Tensor found = at::zeros({3}, at::TensorOptions(at::kFloat));
+  float* out = found.mutable_data_ptr<float>();
+  const auto each = static_cast<double>(shares_.size());
+  for (const Share& share : shares_) {
+    const auto tokens = static_cast<double>(std::max<int64_t>(1, count_));
+    out[0] = std::max(out[0], static_cast<float>(share.skipped_max));
+    out[1] = std::max(out[1], static_cast<float>(share.skipped_sum / tokens));
+    out[2] += static_cast<float>(share.active_count / (tokens * static_cast<double>(grid_.tiles)) / each);
+  }
+  return found;
+}
+
+int64_t grad_filter_bytes(int64_t tokens, int64_t rows, int64_t vocab, int64_t hidden, at::ScalarType dtype) {
+  const Words words = words_of(dtype, false);
+  const int64_t panel = words.kernels->panel, threads = at::get_num_threads(), tiles = divide_up(vocab, kTile);
+  const int64_t width = divide_up(hidden, panel) * panel;
+  const int64_t shares = 2 * (rows * tiles * 6 + tokens * tiles * 4 + vocab * 4);
+  const int64_t matched = (tokens + 2 * tiles + rows) * width * 4;
+  const int64_t order = vocab * 24;
+  const int64_t step = 2 * threads * words.words(kTile) * slice_stride(width) * 4;
+  const int64_t thread =
+      words.words(kBlock) * (kTile + width) * 4 + kTile * width * 4 + kTile * (hidden + 1) * 4 + rows * (panel + 2) * 4;
+  return shares + matched + order + step + threads * thread;
+}
+
+}  // namespace ssd_core::cpu

@@ -1,0 +1,103 @@
+// Certified gradient filtering; the definition is ssd_core/reference/grad_filter.py. Per token the lightest tiles of the
+// vocabulary are skipped while their softmax mass stays within a bound; their part G of the gradient is replaced by
+// M_it c_j with M_it = sum_j G_ij over tile t and c_j = sum_i G_ij / sum_i M_it.
+//
+// The gradient itself is made as always. What is active of it is copied together, by tile and token, and meets the
+// products: d_input's while a few tiles are in cache, d_weight's of all tokens of the call at once.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <cstdint>
+#include <functional>
+#include <optional>
+#include <vector>
+
+#include "linear_head.h"
+
+namespace ssd_core::cpu {
+
+class GradFilter {
+ public:
+  // Of the finished chunk's token i: the softmax mass of each tile (tiles,), infinite where it holds a target; and what
+  // the softmax enters its gradient with.
+  struct Tokens {
+    std::function<void(int64_t i, float* mass)> masses;
+    std::function<double(int64_t i)> weight;
+  };
+
+  // A bound of 0: exact. At most `held_bytes` of active gradient wait for d_weight's products.
+  GradFilter(double delta_input, double delta_weight, int64_t held_bytes, Tokens tokens);
+
+  bool filters_input() const { return input_ >= 0; }
+  bool filters_weight() const { return weight_ >= 0; }
+
+  void allocate(const HeadCall& call, const Grid& grid, const Words& words, const Weight& weight);
+  // A chunk whose rows are finished: what is active. x (n, D): its hidden states as products take them.
+  void open(const Chunk& chunk, const at::Tensor& x);
+  // One tile's gradient, both ways, its first panel at `kept`; `slot`: its place among those of a step.
+  void take(const Block& all, const char* kept, int64_t kept_stride, const char* by_row, int64_t row_bytes, int64_t slot);
+  int64_t step() const;                                          // tiles
+  void input_products(int64_t first_tile, int64_t last_tile);    // of a step
+  void end_chunk(const at::Tensor& d_weight);
+  // What waits, and the moment match of all that was skipped. d_weight: all of it is written.
+  void close(const at::Tensor& d_input, const at::Tensor& d_weight);
+
+  // (3,) the largest and the mean mass that was skipped of a token, the fraction of (token, tile) pairs that stayed.
+  at::Tensor certificate() const;
+
+ private:
+  // What one bound skips.
+  struct Share {
+    double delta;
+    std::vector<uint8_t> skips;                // (tiles, rows of a chunk)
+    std::vector<int32_t> active;               // tokens of the chunk, by tile
+    std::vector<int64_t> active_first;         // (tiles + 1,)
+    std::vector<float> token_mass;             // M (tiles, M)
+    std::vector<float> column_mass;            // sum_i G_ij (V,)
+    double skipped_max = 0, skipped_sum = 0, active_count = 0;
+  };
+  // Rows of active gradient of one tile and chunk, (tokens, words of a tile).
+  struct Held {
+    int64_t chunk;
+    std::vector<int32_t> tokens;
+    std::vector<uint32_t> words;
+  };
+
+  void select(Share& share);
+  void add_directions();
+  void flush(const at::Tensor& d_weight, bool last);
+  void weight_products(int64_t tile, float* product) const;
+  // Add c_j times the tile's direction to `product` (rows, width).
+  void match_weight(int64_t tile, float* product) const;
+  void match_input();
+  // c_j of the tile.
+  std::vector<float> shape_of(const Share& share, int64_t tile) const;
+
+  std::vector<Share> shares_;
+  int input_ = -1, weight_ = -1;  // places in shares, or none
+  int64_t held_limit_;
+  Tokens tokens_;
+  const HeadCall* call_ = nullptr;
+  const Weight* head_weight_ = nullptr;
+  Grid grid_;
+  Words words_;
+  Chunk chunk_;
+  int64_t hidden_ = 0, width_ = 0, count_ = 0;  // width: of a row of coordinates, in whole panels
+  bool wants_input_ = false, wants_weight_ = false, positive_ = false, negative_ = false, flushed_ = false;
+  std::vector<std::vector<Held>> held_;  // by tile
+  std::vector<at::Tensor> states_;       // x of each chunk that waits
+  int64_t held_bytes_ = 0;
+  std::vector<std::vector<uint32_t>> slices_;  // of a step: the tiles' weights as words below each other,
+  std::vector<const Held*> step_rows_;         // and what they meet,
+  std::vector<Held> own_rows_;                 // if d_weight needs something else
+  at::Tensor d_tokens_;                        // (M, width) float32
+  at::Tensor directions_;                      // M^T x (tiles, width) float32
+  at::Tensor d_weight_sum_;                    // float32, if what waits had to be multiplied before the end
+};
+
+// Bytes that it holds at most beyond those of the head and `held_bytes`.
+int64_t grad_filter_bytes(int64_t tokens, int64_t rows, int64_t vocab, int64_t hidden, at::ScalarType dtype);
+
+}  // namespace ssd_core::cpu

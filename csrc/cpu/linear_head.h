@@ -1,0 +1,139 @@
+// What the fused losses of a head share: its products, in chunks of tokens and tiles of the vocabulary, and the two
+// passes over them. What an op makes of the logits is a RowPass.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <limits>
+#include <tuple>
+
+#include "head_operands.h"
+#include "tile_kernels.h"
+
+namespace ssd_core::cpu {
+
+constexpr int64_t kMaxPanel = 64;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// The sizes of a call.
+struct Grid {
+  int64_t panel;   // tokens side by side
+  int64_t panels;  // of a chunk at most
+  int64_t vocab;   // the student's
+  int64_t extent;  // ids of the tiles: more than vocab if a teacher has more
+  int64_t tiles;
+
+  int64_t rows(int64_t tile) const { return std::min(kTile, extent - tile * kTile); }
+};
+
+// The tokens that a call is busy with: `begin` to `begin + n` of those that count.
+struct Chunk {
+  int64_t begin, n;
+  int64_t panels;
+  at::Tensor index;  // (n,) their places in the input; undefined: `begin` and so on
+
+  at::Tensor of(const at::Tensor& x) const;  // their rows of x (N, ...), contiguous
+};
+
+// A tile of the vocabulary, at a panel of the chunk's tokens.
+struct Block {
+  int64_t tile, panel;
+  int64_t first, rows;  // ids of the tile
+  int64_t own;          // those that the student has: rows, or fewer
+};
+
+// What an op makes of logits: of raw outputs u (rows, panel) of a block, tokens in the lanes.
+//
+// Pass A looks at each block once and may keep what the gradient will be made of; a pass that needs a second look at
+// all of it before its rows are finished says so. Pass B makes the gradient in place of what was kept. If a chunk holds
+// some of the columns only, nothing is kept, and every later pass begins with the products again. Blocks of a tile
+// are one thread's, those of different tiles run side by side.
+class RowPass {
+ public:
+  virtual ~RowPass() = default;
+
+  // What is kept: values v in float32, or their exponentials as words.
+  virtual bool keeps_values() const = 0;
+  virtual int64_t extent(int64_t vocab) const { return vocab; }
+  virtual void allocate(const Grid& grid, const Words& words) = 0;
+  virtual void open(const Chunk& chunk) = 0;
+
+  // Of one thread: bytes, and what it does before the blocks of a tile.
+  virtual int64_t scratch() const { return 0; }
+  virtual void open_tile(int64_t tile, char* scratch) {}
+
+  // u has room for an even number of rows. `kept`: null if nothing is; `again`: the statistics are there already, of
+  // a block whose products are taken a second time.
+  virtual void look(const Block& block, float* u, void* kept, bool again, char* scratch) = 0;
+  virtual bool looks_twice() const { return false; }
+  virtual void look_twice(const Block& block, const void* kept) {}
+  virtual void finish() = 0;
+
+  // With respect to u: in place of what was kept, in the layout of words, and by rows of the vocabulary.
+  virtual void gradient(const Block& block, void* kept, char* by_row, int64_t row_bytes) = 0;
+};
+
+// A number for each (token, tile) of a chunk: (panels, tiles, panel), an even number of tiles.
+class TileNumbers {
+ public:
+  void allocate(const Grid& grid);
+  void pad(const Grid& grid, float number);  // the tile that makes them even
+  float* of(int64_t panel, int64_t tile = 0) const {
+    return data_.mutable_data_ptr<float>() + (panel * tiles_ + tile) * width_;
+  }
+  int64_t tiles() const { return tiles_; }
+  bool defined() const { return data_.defined(); }
+
+ private:
+  at::Tensor data_;
+  int64_t tiles_ = 0, width_ = 0;
+};
+
+// What each tile adds to a sum of exponentials exp(slope * v): its max of v, and its sum relative to that.
+struct TileExponentials {
+  TileNumbers max, sum;
+
+  void allocate(const Grid& grid);
+  void open(const Grid& grid);  // before the tiles of a chunk
+  // The row's, of a panel: max (panel,), sum (panel,). From then on `max` holds exp(slope * (tile's max - row's max)).
+  void finish(const Words& words, float slope, int64_t panel, float* row_max, double* row_sum) const;
+};
+
+struct HeadGradients {
+  at::Tensor input, weight, bias;  // undefined: not asked for
+};
+
+class GradFilter;
+
+struct HeadCall {
+  const at::Tensor& input;   // (N, D)
+  const at::Tensor& weight;  // (V, D)
+  const at::Tensor& bias;    // (V,) or undefined
+  const at::Tensor& index;   // (M,) int64 tokens that count; undefined: all
+  at::ScalarType dtype;      // that products are taken in
+  bool scaled;               // whether gradients are wanted at all
+  std::array<bool, 3> needs;  // and of which of input, weight, bias
+  bool keep_float32;         // those of weight and bias stay in float32
+  int64_t rows, columns;     // of a chunk
+  // (V,) int64: the place of each tile's rows in weight and bias, contiguous; undefined: as they are. All else that
+  // depends on the vocabulary is in this order.
+  at::Tensor order = {};
+
+  int64_t id(int64_t place) const { return order.defined() ? order.const_data_ptr<int64_t>()[place] : place; }
+  int64_t count() const { return index.defined() ? index.size(0) : input.size(0); }
+};
+
+HeadGradients run_head(const HeadCall& call, RowPass& pass, GradFilter* filter = nullptr);
+
+// Bytes that it holds at most, beyond inputs and gradients, in chunks of so many rows and columns. Rows come in whole
+// panels and columns in whole tiles, or all; `cast`: the weight is of another dtype, or its rows are not contiguous.
+int64_t head_bytes(
+    int64_t rows, int64_t columns, int64_t vocab, int64_t hidden, at::ScalarType dtype, bool values, bool cast);
+
+// Rows of a panel, columns of a tile.
+std::tuple<int64_t, int64_t> tile_shape(at::ScalarType dtype);
+
+}  // namespace ssd_core::cpu
