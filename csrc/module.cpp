@@ -67,5 +67,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("tile_shape", &cpu::tile_shape);
   // The kernels' own functions, exposed so that their error bounds can be tested.
   m.def("exp_nonpositive", [](const at::Tensor& x) { return map_floats(cpu::active_row_kernels().exp, x); });
+  m.def("expm1_nonpositive", [](const at::Tensor& x) { return map_floats(cpu::active_row_kernels().expm1, x); });
+  m.def("log1p_nonpositive", [](const at::Tensor& x) { return map_floats(cpu::active_row_kernels().log1p, x); });
   m.def("tanh", [](const at::Tensor& x) { return map_floats(cpu::active_row_kernels().tanh, x); });
 }

@@ -353,7 +353,7 @@ def test_schema_and_fake_tensors():
     torch.library.opcheck(op, tensors, numbers | {"bucket": True}, test_utils=checks)
 
 
-# -- exp and tanh -----------------------------------------------------------------------------------------------------
+# -- functions of a float ----------------------------------------------------------------------------------------------
 
 
 def ulps(got, ref):
@@ -376,6 +376,25 @@ def test_exp():
         C.exp_nonpositive(special), torch.tensor([1.0, 1, 0, 0, 0, float("nan"), float("nan")]),
         rtol=0, atol=0, equal_nan=True,
     )  # fmt: skip
+
+
+def test_expm1():
+    C = importlib.import_module("ssd_core._C")
+    x = -floats(1e-30, 40.0)
+    assert ulps(C.expm1_nonpositive(x), x.double().expm1()) <= 1
+    special = torch.tensor([0.0, -1e30, float("-inf"), float("nan")])
+    expected = torch.tensor([0.0, -1, -1, float("nan")])
+    torch.testing.assert_close(C.expm1_nonpositive(special), expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_log1p():
+    """Of small and of all but the last few numbers above -1, where the sum with 1 decides."""
+    C = importlib.import_module("ssd_core._C")
+    x = -torch.cat((floats(1e-30, 1 - 2**-24), 1 - torch.arange(1, 1 << 20) * 2.0**-24))
+    assert ulps(C.log1p_nonpositive(x), x.double().log1p()) <= 1
+    special = torch.tensor([0.0, -1.0, float("nan")])
+    expected = torch.tensor([0.0, float("-inf"), float("nan")])
+    torch.testing.assert_close(C.log1p_nonpositive(special), expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_tanh():

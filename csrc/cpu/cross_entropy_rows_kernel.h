@@ -17,6 +17,7 @@ struct RowOptions {
   float temperature;          // > 0
   double label_smoothing;
   double z_loss;
+  double factor;              // of all of the loss but the z-loss
   // v = u + b, or tanh(cap_slope * (u + b)) with a softcap; z = slope * v
   float cap_slope;
   float slope;
@@ -57,7 +58,9 @@ struct RowKernels {
   RowSumsKernel bfloat16_sums;
   RowGradientKernel float32_gradient;
   RowGradientKernel bfloat16_gradient;
-  MapKernel exp;   // x <= 0
+  MapKernel exp;    // x <= 0
+  MapKernel expm1;  // x <= 0
+  MapKernel log1p;  // -1 <= x <= 0
   MapKernel tanh;
 };
 

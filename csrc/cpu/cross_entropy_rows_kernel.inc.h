@@ -179,24 +179,19 @@ void row_gradient(const RowOptions& options, void* logits, const RowGradient& ro
   }
 }
 
-void exp_kernel(const float* x, float* y, int64_t count) {
+template <float (*kFunction)(float)>
+void map(const float* x, float* y, int64_t count) {
 #pragma omp simd
   for (int64_t j = 0; j < count; ++j) {
-    y[j] = exp_nonpositive(x[j]);
-  }
-}
-
-void tanh_kernel(const float* x, float* y, int64_t count) {
-#pragma omp simd
-  for (int64_t j = 0; j < count; ++j) {
-    y[j] = tanh_any(x[j]);
+    y[j] = kFunction(x[j]);
   }
 }
 
 }  // namespace
 
 extern const RowKernels row_kernels = {
-    row_sums<float>, row_sums<bfloat16>, row_gradient<float>, row_gradient<bfloat16>, exp_kernel, tanh_kernel};
+    row_sums<float>, row_sums<bfloat16>, row_gradient<float>, row_gradient<bfloat16>, map<exp_nonpositive<float>>,
+    map<expm1_nonpositive<float>>, map<log1p_nonpositive<float>>, map<tanh_any<float>>};
 
 }  // namespace SSD_CORE_ISA
 }  // namespace ssd_core::cpu

@@ -34,6 +34,7 @@ RowOptions row_options(
   options.temperature = static_cast<float>(temperature);
   options.label_smoothing = label_smoothing;
   options.z_loss = z_loss;
+  options.factor = 1;
   options.cap_slope = softcap > 0 ? options.logit_scale / options.softcap : 0.0f;
   options.slope = (softcap > 0 ? options.softcap : options.logit_scale) / options.temperature;
   return options;
@@ -109,8 +110,8 @@ RowTerms finish_row(const RowOptions& options, const RowSums& found, const RowTa
   if (tail) {  // + p_tail (lse - lse_off)
     nll += target.tail * (slope * (static_cast<double>(max) - found.max) + log_sum - std::log(found.sum));
   }
-  const double sharp = target.class_weight * (1 - options.label_smoothing);
-  const double uniform = options.label_smoothing / options.vocab;
+  const double sharp = options.factor * target.class_weight * (1 - options.label_smoothing);
+  const double uniform = options.factor * options.label_smoothing / options.vocab;
   double loss = sharp * nll;
   if (options.label_smoothing > 0) {  // + eps/V sum_j c_j (lse - z_j)
     loss += uniform * (options.class_weight_sum * log_sum + slope * found.spread);
@@ -134,7 +135,7 @@ float target_gradient(const RowOptions& options, const RowTerms& row, const Targ
   const double q = std::exp(options.slope * (x - row.max)) / row.sum;
   const double chain = options.softcap > 0 ? row.scale * (1 - x * x) : row.scale;
   const double weight = options.class_weight ? options.class_weight[target.id] : 1.0;
-  const double uniform = options.label_smoothing / options.vocab * weight;
+  const double uniform = options.factor * options.label_smoothing / options.vocab * weight;
   return static_cast<float>(chain * (row.common * q - uniform - row.sharp * target.weight));
 }
 

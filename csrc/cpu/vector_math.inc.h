@@ -1,4 +1,4 @@
-// exp, tanh and bfloat16 conversions, of a float in loops that the compiler vectorises and of a Vec: branch-free, no
+// exp, expm1, log1p, tanh and bfloat16 conversions, of a float in loops that the compiler vectorises and of a Vec: branch-free, no
 // calls, float32 throughout.
 //
 // Included inside a per-ISA, anonymous namespace by the kernel units, after their target pragma. Neither this file nor
@@ -66,15 +66,41 @@ SSD_CORE_INLINE F exp_nonpositive(F x) {
   return pick(x < -87.33f, F{}, y);
 }
 
+// e^x - 1 for x <= 0, within 1 ulp (all float32 tried). NaN propagates, -inf gives -1.
+template <class F>
+SSD_CORE_INLINE F expm1_nonpositive(F x) {
+  const ExpParts<F> e = exp_parts(pick(x < -40.0f, F{} - 40.0f, x));  // rounds to -1 well before
+  return e.scale * e.expm1 + (e.scale - 1.0f);
+}
+
+// log(1 + x) for -1 <= x <= 0, within 1 ulp (all float32 tried). NaN propagates, -1 gives -inf.
+template <class F>
+SSD_CORE_INLINE F log1p_nonpositive(F x) {
+  // 1 + x = 2^k (1 + s) with sqrt(1/2) <= 1 + s < sqrt(2) but for the rounding of 1 + x, which only chooses k.
+  const auto shifted = bits_of(1.0f + x) + (0x3f800000u - 0x3f3504f3u);
+  const F k = float_of((shifted >> 23) | 0x4b000000u) - (8388608.0f + 127.0f);
+  const F scale = float_of(0x7f000000u - (shifted & 0x7f800000u));  // 2^-k
+  const F s = x * scale + (scale - 1.0f);
+  // log(1 + s) = s - s^2 / 2 + s^3 P(s), P a minimax polynomial (relative error of the logarithm: 5.8e-9).
+  F p = -7.634507864713669e-2f * s + 1.2761594355106354e-1f;
+  p = p * s + -1.3160187005996704e-1f;
+  p = p * s + 1.4201755821704865e-1f;
+  p = p * s + -1.6623356938362122e-1f;
+  p = p * s + 2.0001226663589478e-1f;
+  p = p * s + -2.500081956386566e-1f;
+  p = p * s + 3.333333134651184e-1f;
+  const F square = s * s;
+  // log(2) in two parts, as in exp_parts
+  const F y = k * 0.693359375f + (s + (square * (p * s - 0.5f) + k * -2.12194440054690583e-4f));
+  return pick(x == -1.0f, F{} - __builtin_inff(), y);
+}
+
 // tanh(x) = -E / (2 + E) with E = e^(-2|x|) - 1, within 2.6 ulp and 1.5e-7 (all float32 tried). NaN propagates,
 // +-inf gives +-1.
 template <class F>
 SSD_CORE_INLINE F tanh_any(F x) {
   const auto sign = bits_of(x) & 0x80000000u;
-  F w = -2.0f * float_of(bits_of(x) ^ sign);
-  w = pick(w < -40.0f, F{} - 40.0f, w);  // E rounds to -1 well before
-  const ExpParts<F> e = exp_parts(w);
-  const F expm1 = e.scale * e.expm1 + (e.scale - 1.0f);
+  const F expm1 = expm1_nonpositive(-2.0f * float_of(bits_of(x) ^ sign));
   const F y = -expm1 / (2.0f + expm1);
   return float_of(bits_of(y) | sign);
 }
