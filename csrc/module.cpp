@@ -9,7 +9,9 @@
 #include "cpu/grad_filter.h"
 #include "cpu/isa.h"
 #include "cpu/linear_cross_entropy.h"
+#include "cpu/linear_distill.h"
 #include "cpu/linear_head.h"
+#include "cpu/linear_logprob.h"
 
 TORCH_LIBRARY(ssd_core, m) {
   m.def(
@@ -63,6 +65,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("cpu_isa", [] { return cpu::isa_name(cpu::active_isa()); }, "The instruction set in use.");
   m.def("linear_cross_entropy", &cpu::linear_cross_entropy, py::call_guard<py::gil_scoped_release>());
   m.def("linear_cross_entropy_bytes", &cpu::linear_cross_entropy_bytes);
+  m.def("linear_distill", &cpu::linear_distill, py::call_guard<py::gil_scoped_release>());
+  m.def("linear_distill_bytes", &cpu::linear_distill_bytes);
+  m.def("linear_logprob", &cpu::linear_logprob, py::call_guard<py::gil_scoped_release>());
+  m.def("linear_logprob_bytes", &cpu::linear_logprob_bytes);
   m.def("grad_filter_bytes", &cpu::grad_filter_bytes);
   m.def("tile_shape", &cpu::tile_shape);
   // The kernels' own functions, exposed so that their error bounds can be tested.

@@ -86,7 +86,9 @@ def _compiled(op: str, dtypes: tuple[str, ...] = ("float32", "bfloat16", "float1
 BACKENDS = (
     _compiled("linear_cross_entropy", lacks=("process_group", "class probabilities")),
     *_portable("linear_cross_entropy", reference_lacks=("process_group",)),
+    _compiled("linear_distill", lacks=("process_group",)),
     *_portable("linear_distill", reference_lacks=("process_group",)),
+    _compiled("linear_logprob", lacks=("process_group",)),
     *_portable("linear_logprob", reference_lacks=("process_group",)),
     _compiled("cross_entropy", ("float32", "bfloat16"), lacks=("class probabilities",)),
     *_portable("cross_entropy"),

@@ -33,6 +33,36 @@ def linear_cross_entropy_bytes(demand):
     return held
 
 
+def linear_logprob(
+    input, linear_weight, linear_bias, ids, rows, *, row_scale, needs, chunks, keep_float32, dtype, logit_scale, softcap,
+    temperature, vocab_start, group,
+):
+    return native.linear_logprob(
+        input, linear_weight, linear_bias, ids.long(), rows, row_scale, dtype, needs, keep_float32, chunks.rows,
+        chunks.tile, logit_scale=logit_scale, softcap=softcap, temperature=temperature)
+
+
+def linear_logprob_bytes(demand):
+    return lambda rows, columns: native.linear_logprob_bytes(
+        rows, columns, demand.vocab, demand.hidden, demand.dtype, demand.cast)
+
+
+def linear_distill(
+    input, linear_weight, linear_bias, ids, probs, teacher_logits, teacher_input, teacher_weight, teacher_bias, labels,
+    rows, *, class_weight, label_weight, row_scale, needs, chunks, keep_float32, dtype, group, vocab, vocab_start,
+    **options,
+):
+    return native.linear_distill(
+        input, linear_weight, linear_bias, None if ids is None else ids.long(), probs, teacher_logits, teacher_input,
+        teacher_weight, teacher_bias, labels, class_weight, rows, row_scale, dtype, needs, keep_float32, chunks.rows,
+        chunks.tile, **options)
+
+
+def linear_distill_bytes(demand):
+    return lambda rows, columns: native.linear_distill_bytes(
+        rows, columns, demand.vocab, demand.hidden, demand.support, demand.teacher_hidden, demand.dtype, demand.cast)
+
+
 def cross_entropy(
     logits, ids, probs, dense, rows, *, class_weight, label_weight, row_scale, logit_scale, softcap, temperature,
     label_smoothing, z_loss, bucket,

@@ -110,6 +110,85 @@ def linear_cross_entropy(
     )  # fmt: skip
 
 
+def linear_logprob_bytes(rows: int, columns: int, vocab: int, hidden: int, dtype: torch.dtype, cast: bool) -> int:
+    """See ``linear_cross_entropy_bytes``."""
+    return _extension().linear_logprob_bytes(rows, columns, vocab, hidden, dtype, cast)
+
+
+def linear_logprob(
+    input: torch.Tensor,  # (N, D) float32, bfloat16 or float16
+    weight: torch.Tensor,  # (V, D)
+    bias: torch.Tensor | None,  # (V,)
+    ids: torch.Tensor,  # (N,) int64
+    index: torch.Tensor | None,  # (M,) int64 rows that count; None: all
+    row_scale: torch.Tensor | None,  # (M, 2) float32; None: no gradients
+    dtype: torch.dtype,  # that products are taken in
+    needs: list[bool],  # gradients of input, weight, bias
+    keep_float32: bool,
+    rows: int,
+    columns: int,
+    *,
+    logit_scale: float = 1.0,
+    softcap: float = 0.0,  # 0: none
+    temperature: float = 1.0,
+) -> tuple[torch.Tensor | None, ...]:
+    """``(logprob, entropy, lse, argmax, d_input, d_weight, d_bias)``, the first four (M,) float32; see
+    csrc/cpu/linear_logprob.h. Not differentiable itself."""
+    return _extension().linear_logprob(
+        input, weight, bias, ids, index, row_scale, dtype, needs, keep_float32, rows, columns, logit_scale, softcap,
+        temperature)
+
+
+def linear_distill_bytes(
+    rows: int, columns: int, vocab: int, hidden: int, support: int, teacher_hidden: int, dtype: torch.dtype, cast: bool,
+) -> int:
+    """See ``linear_cross_entropy_bytes``."""
+    return _extension().linear_distill_bytes(rows, columns, vocab, hidden, support, teacher_hidden, dtype, cast)
+
+
+def linear_distill(
+    input: torch.Tensor,  # (N, D) float32, bfloat16 or float16
+    weight: torch.Tensor,  # (V, D)
+    bias: torch.Tensor | None,  # (V,)
+    ids: torch.Tensor | None,  # (N, K) int64 of a sparse teacher
+    probs: torch.Tensor | None,  # (N, K) float32
+    teacher_logits: torch.Tensor | None,  # (N, V')
+    teacher_input: torch.Tensor | None,  # (N, D')
+    teacher_weight: torch.Tensor | None,  # (V', D')
+    teacher_bias: torch.Tensor | None,  # (V',)
+    labels: torch.Tensor | None,  # (N,) int64
+    class_weight: torch.Tensor | None,  # (V,) float32
+    index: torch.Tensor | None,  # (M,) int64 rows that count; None: all
+    row_scale: torch.Tensor | None,  # (M,) float32; None: no gradients
+    dtype: torch.dtype,  # that products are taken in
+    needs: list[bool],  # gradients of input, weight, bias
+    keep_float32: bool,
+    rows: int,
+    columns: int,
+    *,
+    logit_scale: float = 1.0,
+    softcap: float = 0.0,  # 0: none
+    temperature: float = 1.0,
+    teacher_logit_scale: float = 1.0,
+    teacher_softcap: float = 0.0,
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
+    tail: str = "bucket",
+    temperature_squared: bool = False,
+    with_ce: bool = False,
+    ce_weight: float = 0.0,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> tuple[torch.Tensor | None, ...]:
+    """``(loss, divergence, nll, lse, d_input, d_weight, d_bias)``, the first four (M,) float32; see
+    csrc/cpu/linear_distill.h. Not differentiable itself."""
+    return _extension().linear_distill(
+        input, weight, bias, ids, probs, teacher_logits, teacher_input, teacher_weight, teacher_bias, labels,
+        class_weight, index, row_scale, dtype, needs, keep_float32, rows, columns, logit_scale, softcap, temperature,
+        teacher_logit_scale, teacher_softcap, divergence, beta, tail, temperature_squared, with_ce, ce_weight,
+        label_smoothing, z_loss)
+
+
 def cross_entropy_rows_(
     logits: torch.Tensor,  # (R, V) float32 or bfloat16: raw GEMM outputs u
     bias: torch.Tensor | None,  # (V,) float32

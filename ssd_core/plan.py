@@ -54,6 +54,7 @@ class Demand:
     wide_input: bool = False    # d_input is added up in float32
     filtered: bool = False      # by the gradient filter, which needs all columns
     d_weight: bool = True       # a gradient of the weight is added up
+    teacher_hidden: int = 0     # length of a teacher's hidden states
     softcap: bool = False
     smoothing: bool = False
     held: Callable[[int, int], int] | None = None   # bytes of so many rows and columns, if the backend counts them

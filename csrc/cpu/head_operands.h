@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <optional>
 
 #include "tile_kernels.h"
 
@@ -18,6 +19,14 @@ inline int64_t divide_up(int64_t n, int64_t by) {
 // Uninitialised, and in huge pages where the system gives them: page faults of a large tensor that is used once cost as
 // much as a tenth of the call.
 at::Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options);
+
+inline at::Tensor value_or_undefined(const std::optional<at::Tensor>& x) {
+  return x.has_value() ? *x : at::Tensor();
+}
+
+inline at::Tensor contiguous_or_undefined(const std::optional<at::Tensor>& x) {
+  return x.has_value() && x->defined() ? x->contiguous() : at::Tensor();
+}
 
 // What products are made of: float32 words, or bfloat16 pairs where the machine multiplies those.
 struct Words {

@@ -8,7 +8,6 @@
 #include <ATen/ops/where.h>
 
 #include <algorithm>
-#include <numeric>
 #include <vector>
 
 #include "cross_entropy_terms.h"
@@ -46,7 +45,6 @@ class CrossEntropyPass : public RowPass {
     tiles_.allocate(grid);
     if (options_.label_smoothing > 0) {
       spread_.allocate(grid);
-      spread_max_.allocate(grid);
     }
     if (scaled_) {
       factor_ = empty({3 * grid.panels * grid.panel}, loss.options());
@@ -67,8 +65,7 @@ class CrossEntropyPass : public RowPass {
     float* sum = again ? unused + panel : tiles_.sum.of(p, block.tile);
     words_.kernels->values(u, rows, bias, tile_options_, max);
     if (!again && spread_.defined()) {
-      words_.kernels->spread(u, rows, max, class_weight(block), spread_.of(p, block.tile));
-      std::copy_n(max, panel, spread_max_.of(p, block.tile));
+      spread_.look(words_, block, u, max, options_.class_weight);
     }
     bool removed = false;
     targets_.each(block, panel, [&](TargetEntry& entry, int64_t row, int64_t lane) {
@@ -95,7 +92,7 @@ class CrossEntropyPass : public RowPass {
       std::vector<double> sum(panel), spread(panel);
       for (int64_t p = begin; p < end; ++p) {
         if (spread_.defined()) {
-          add_spread(p, spread.data());
+          spread_.finish(grid_, options_.class_weight, p, spread.data());
         }
         tiles_.finish(words_, options_.slope, p, max.data(), sum.data());
         for (int64_t lane = 0; lane < panel; ++lane) {
@@ -169,32 +166,6 @@ class CrossEntropyPass : public RowPass {
     }
   }
 
-  // sum_j c_j (max - v_j) over all tiles, max that of the whole row.
-  void add_spread(int64_t p, double* total) const {
-    const int64_t panel = grid_.panel;
-    std::vector<float> row_max(panel, -kInfinity);
-    for (int64_t t = 0; t < grid_.tiles; ++t) {
-      const float* max = spread_max_.of(p, t);
-      for (int64_t lane = 0; lane < panel; ++lane) {
-        row_max[lane] = std::max(row_max[lane], max[lane]);
-      }
-    }
-    std::fill_n(total, panel, 0.0);
-    for (int64_t t = 0; t < grid_.tiles; ++t) {
-      double weight = static_cast<double>(grid_.rows(t));
-      if (options_.class_weight) {
-        const float* first = options_.class_weight + t * kTile;
-        weight = std::accumulate(first, first + grid_.rows(t), 0.0);
-      }
-      const float* spread = spread_.of(p, t);
-      const float* max = spread_max_.of(p, t);
-      for (int64_t lane = 0; lane < panel; ++lane) {
-        const double shift = max[lane] == -kInfinity ? 0.0 : max[lane];
-        total[lane] += spread[lane] + weight * (static_cast<double>(row_max[lane]) - shift);
-      }
-    }
-  }
-
   const Tensors& given_;
   const RowOptions& options_;
   bool bucket_, scaled_;
@@ -204,7 +175,7 @@ class CrossEntropyPass : public RowPass {
   Chunk chunk_;
   HeadTargets targets_;
   TileExponentials tiles_;
-  TileNumbers spread_, spread_max_;
+  TileSpread spread_;
   at::Tensor factor_;
   std::vector<RowTerms> terms_;
 };
@@ -256,12 +227,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     double grad_filter_weight,
     const std::optional<at::Tensor>& vocab_order,
     int64_t held_bytes) {
-  const auto value = [](const std::optional<at::Tensor>& x) { return x.has_value() ? *x : at::Tensor(); };
-  const auto contiguous = [](const std::optional<at::Tensor>& x) {
-    return x.has_value() && x->defined() ? x->contiguous() : at::Tensor();
-  };
-  Tensors given = {ids, value(probs), contiguous(class_weight), contiguous(row_scale), value(bias)};
-  const at::Tensor bias_given = given.bias, tokens = contiguous(index);
+  Tensors given = {
+      ids, value_or_undefined(probs), contiguous_or_undefined(class_weight), contiguous_or_undefined(row_scale),
+      value_or_undefined(bias)};
+  const at::Tensor bias_given = given.bias, tokens = contiguous_or_undefined(index);
   given.bias = bias_given.defined() ? bias_given.to(at::kFloat).contiguous() : bias_given;
   const RowOptions options = row_options(
       weight.size(0), given.class_weight, logit_scale, softcap, temperature, label_smoothing, z_loss);

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <numeric>
 #include <vector>
 
 #include "grad_filter.h"
@@ -64,7 +65,8 @@ class Head {
       return empty({std::max<int64_t>(n, 1)}, call_.input.options().dtype(at::kByte));
     };
     const int64_t chunk = grid_.panels * panel_;
-    kept_stride_ = divide_up(std::min(span_ * kTile, grid_.extent), 2) * 2 * panel_ * words_.kept_element();
+    kept_tile_ = kTile * panel_ * (words_.kept_element() + pass_.more_kept());
+    kept_stride_ = std::min(span_, grid_.tiles) * kept_tile_;
     by_token_ = bytes(grid_.panels * words_.words(hidden_) * panel_ * 4);
     pass_.allocate(grid_, words_);
     if (call_.scaled || pass_.looks_twice()) {
@@ -106,6 +108,7 @@ class Head {
     pass_.open(chunk_);
     const bool whole = span_ == grid_.tiles, scaled = call_.scaled, twice = pass_.looks_twice();
     look(0, grid_.tiles, (scaled || twice) && whole, false);
+    pass_.normalise();
     if (twice) {
       spans([&](int64_t first, int64_t last) {
         if (!whole) {
@@ -178,7 +181,7 @@ class Head {
   // What is kept of a tile, the first of them `origin`.
   char* kept_of(int64_t p, int64_t tile, int64_t origin) const {
     return static_cast<char*>(kept_.mutable_data_ptr()) + p * kept_stride_ +
-        (tile - origin) * kTile * panel_ * words_.kept_element();
+        (tile - origin) * kept_tile_;
   }
 
   // Pass A, and again where nothing was kept.
@@ -318,7 +321,7 @@ class Head {
   Words words_;
   const TileKernels& kernels_;
   Weight weight_;
-  int64_t panel_, count_, hidden_, span_, kept_stride_ = 0;
+  int64_t panel_, count_, hidden_, span_, kept_stride_ = 0, kept_tile_ = 0;
   Grid grid_;
   std::array<bool, 3> needs_;
   Chunk chunk_;
@@ -372,19 +375,56 @@ void TileExponentials::finish(
   }
 }
 
+void TileSpread::allocate(const Grid& grid) {
+  sum_.allocate(grid);
+  max_.allocate(grid);
+}
+
+void TileSpread::look(
+    const Words& words, const Block& block, const float* v, const float* max, const float* class_weight) {
+  words.kernels->spread(
+      v, block.own, max, class_weight ? class_weight + block.first : nullptr, sum_.of(block.panel, block.tile));
+  std::copy_n(max, words.kernels->panel, max_.of(block.panel, block.tile));
+}
+
+void TileSpread::finish(const Grid& grid, const float* class_weight, int64_t p, double* total) const {
+  const int64_t panel = grid.panel, tiles = divide_up(grid.vocab, kTile);
+  std::vector<float> row_max(panel, -kInfinity);
+  for (int64_t t = 0; t < tiles; ++t) {
+    const float* max = max_.of(p, t);
+    for (int64_t lane = 0; lane < panel; ++lane) {
+      row_max[lane] = std::max(row_max[lane], max[lane]);
+    }
+  }
+  std::fill_n(total, panel, 0.0);
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t rows = std::min(kTile, grid.vocab - t * kTile);
+    double weight = static_cast<double>(rows);
+    if (class_weight) {
+      weight = std::accumulate(class_weight + t * kTile, class_weight + t * kTile + rows, 0.0);
+    }
+    const float* sum = sum_.of(p, t);
+    const float* max = max_.of(p, t);
+    for (int64_t lane = 0; lane < panel; ++lane) {
+      const double shift = max[lane] == -kInfinity ? 0.0 : max[lane];
+      total[lane] += sum[lane] + weight * (static_cast<double>(row_max[lane]) - shift);
+    }
+  }
+}
+
 HeadGradients run_head(const HeadCall& call, RowPass& pass, GradFilter* filter) {
   return Head(call, pass, filter).run();
 }
 
 // What Head::allocate and its methods hold, if all gradients are asked for and rows are gathered.
 int64_t head_bytes(
-    int64_t rows, int64_t columns, int64_t vocab, int64_t hidden, at::ScalarType dtype, bool values, bool cast) {
+    int64_t rows, int64_t columns, int64_t vocab, int64_t hidden, at::ScalarType dtype, bool values, bool cast, int64_t more_kept) {
   const Words words = words_of(dtype, values);
   const int64_t panel = words.kernels->panel, threads = at::get_num_threads();
   rows = divide_up(rows, panel) * panel;
-  columns = columns < vocab ? columns / kTile * kTile : vocab + 1;
+  columns = columns < vocab ? columns / kTile * kTile : vocab;
   const int64_t width = divide_up(hidden, panel) * panel;
-  const int64_t kept = rows * columns * words.kept_element();
+  const int64_t kept = rows * divide_up(columns, kTile) * kTile * (words.kept_element() + more_kept);
   const int64_t states = rows * (hidden + 1 + width) * words.element() + rows * hidden * (4 + words.element());
   const int64_t d_input = rows * hidden * (4 + 4 + 2);
   const bool packed = cast || (words.pairs ? hidden % 2 != 0 : dtype != at::kFloat);

@@ -57,6 +57,7 @@ class RowPass {
 
   // What is kept: values v in float32, or their exponentials as words.
   virtual bool keeps_values() const = 0;
+  virtual int64_t more_kept() const { return 0; }  // bytes of a logit that follow those of the tile
   virtual int64_t extent(int64_t vocab) const { return vocab; }
   virtual void allocate(const Grid& grid, const Words& words) = 0;
   virtual void open(const Chunk& chunk) = 0;
@@ -68,6 +69,7 @@ class RowPass {
   // u has room for an even number of rows. `kept`: null if nothing is; `again`: the statistics are there already, of
   // a block whose products are taken a second time.
   virtual void look(const Block& block, float* u, void* kept, bool again, char* scratch) = 0;
+  virtual void normalise() {}  // all blocks have been looked at
   virtual bool looks_twice() const { return false; }
   virtual void look_twice(const Block& block, const void* kept) {}
   virtual void finish() = 0;
@@ -102,6 +104,19 @@ struct TileExponentials {
   void finish(const Words& words, float slope, int64_t panel, float* row_max, double* row_sum) const;
 };
 
+// What each tile adds to sum_j c_j (max v - v_j), which label smoothing takes; c null: 1.
+class TileSpread {
+ public:
+  void allocate(const Grid& grid);
+  bool defined() const { return sum_.defined(); }
+  // v (rows, panel) of a block and its max.
+  void look(const Words& words, const Block& block, const float* v, const float* max, const float* class_weight);
+  void finish(const Grid& grid, const float* class_weight, int64_t panel, double* total) const;
+
+ private:
+  TileNumbers sum_, max_;
+};
+
 struct HeadGradients {
   at::Tensor input, weight, bias;  // undefined: not asked for
 };
@@ -131,7 +146,8 @@ HeadGradients run_head(const HeadCall& call, RowPass& pass, GradFilter* filter =
 // Bytes that it holds at most, beyond inputs and gradients, in chunks of so many rows and columns. Rows come in whole
 // panels and columns in whole tiles, or all; `cast`: the weight is of another dtype, or its rows are not contiguous.
 int64_t head_bytes(
-    int64_t rows, int64_t columns, int64_t vocab, int64_t hidden, at::ScalarType dtype, bool values, bool cast);
+    int64_t rows, int64_t columns, int64_t vocab, int64_t hidden, at::ScalarType dtype, bool values, bool cast,
+    int64_t more_kept = 0);
 
 // Rows of a panel, columns of a tile.
 std::tuple<int64_t, int64_t> tile_shape(at::ScalarType dtype);

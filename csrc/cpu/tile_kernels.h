@@ -8,6 +8,8 @@
 
 #include <cstdint>
 
+#include "divergences.h"
+
 namespace ssd_core::cpu {
 
 // c (m, panel) = [c +] a (m, k words) b (k words, panel): strides of a and b in bytes, of c in floats. The products
@@ -29,12 +31,22 @@ struct TileOptions {
 //      [* (1 - v^2) with softcap]. Null: 0. What follows `uniform` is for values only.
 struct TileGradient {
   const float* max;      // of values; of kept exponentials, factor is relative to what they are
-  const float* factor;
+  const float* factor;   // with an addend it may be null, too
   const float* uniform = nullptr;
   const float* slope_term = nullptr;
   const float* second = nullptr;
   float second_slope = 0.0f;
   const float* addend = nullptr;  // (rows, panel)
+};
+
+// A student's and a teacher's v, and which divergence. Of each lane: what exponents are relative to, log p = slope * (v -
+// max) - log_sum; null log_sum: 0, for terms of masses that are not normalised.
+struct TilePair {
+  Divergence kind;
+  float beta;
+  float student_slope, teacher_slope;
+  const float *student_max, *teacher_max;
+  const float *student_log_sum, *teacher_log_sum;
 };
 
 // What is kept of a tile is overwritten by its gradient, in the layout that d_input's product reads.
@@ -53,6 +65,13 @@ struct TileKernels {
   void (*moments)(const float* v, int64_t rows, const float* max, float slope, float* sum, int32_t* first);
   // sum_j c_j (max - v_j), (panel,); c null: 1.
   void (*spread)(const float* v, int64_t rows, const float* max, const float* class_weight, float* sum);
+  // Of v (rows, panel) of both: sums of a divergence's terms, its value and its pulls (see divergences.inc.h).
+  void (*pair_sums)(
+      const float* student, const float* teacher, int64_t rows, const TilePair&, float* value, float* own);
+  // scale * (pull - q * own), (rows, panel)
+  void (*pair_slopes)(
+      const float* student, const float* teacher, int64_t rows, const TilePair&, const float* own, const float* scale,
+      float* out);
   // The gradient in place of what was kept, and once more by rows of the vocabulary, for d_weight's product.
   void (*gradient)(
       void* kept, int64_t rows, const float* class_weight, const TileGradient&, const TileOptions&, void* by_row,

@@ -7,6 +7,8 @@ namespace {
 
 #include "vector_math.inc.h"
 
+#include "divergences.inc.h"
+
 // -- products
 
 // The block of c that stays in registers, kRows x kPanel, as large as they allow.
@@ -273,13 +275,84 @@ void spread(const float* v, int64_t rows, const float* max, const float* class_w
   }
 }
 
+// -- a student beside a teacher
+
+struct PairAt {  // a vector of lanes
+  Vec student_max, teacher_max, student_log_sum, teacher_log_sum;
+
+  PairAt(const TilePair& pair, int lane)
+      : student_max(finite(load(pair.student_max + lane))), teacher_max(finite(load(pair.teacher_max + lane))),
+        student_log_sum(pair.student_log_sum ? load(pair.student_log_sum + lane) : Vec{}),
+        teacher_log_sum(pair.teacher_log_sum ? load(pair.teacher_log_sum + lane) : Vec{}) {}
+
+  static SSD_CORE_INLINE Vec finite(Vec max) { return pick(max == all_lanes(-__builtin_inff()), Vec{}, max); }
+};
+
+template <Divergence kKind, class Function>
+SSD_CORE_INLINE void each_pair(
+    const float* student, const float* teacher, int64_t rows, const TilePair& pair, int lane, const Function& function) {
+  const PairAt at(pair, lane);
+  const float beta = pair.beta, rest = 1.0f - beta;
+  for (int64_t j = 0; j < rows; ++j) {
+    const Vec log_q = pair.student_slope * (load(student + j * kPanel + lane) - at.student_max) - at.student_log_sum;
+    const Vec log_p = pair.teacher_slope * (load(teacher + j * kPanel + lane) - at.teacher_max) - at.teacher_log_sum;
+    const Vec q = exp_nonpositive(log_q), p = exp_nonpositive(log_p);
+    function(j, q, divergence_term<kKind>(p, q, log_p - log_q, beta, rest));
+  }
+}
+
+template <Divergence kKind>
+void pair_sums_of(
+    const float* student, const float* teacher, int64_t rows, const TilePair& pair, float* value, float* own) {
+  for (int lane = 0; lane < kPanel; lane += kLanes) {
+    Vec values{}, pulls{};
+    each_pair<kKind>(student, teacher, rows, pair, lane, [&](int64_t, Vec, DivergenceTerm<Vec> term) {
+      values += term.value;
+      pulls += term.pull;
+    });
+    keep(value + lane, values);
+    keep(own + lane, pulls);
+  }
+}
+
+void pair_sums(
+    const float* student, const float* teacher, int64_t rows, const TilePair& pair, float* value, float* own) {
+  const auto run = pair.kind == Divergence::kForwardKl ? pair_sums_of<Divergence::kForwardKl>
+      : pair.kind == Divergence::kReverseKl            ? pair_sums_of<Divergence::kReverseKl>
+                                                       : pair_sums_of<Divergence::kJsd>;
+  run(student, teacher, rows, pair, value, own);
+}
+
+template <Divergence kKind>
+void pair_slopes_of(
+    const float* student, const float* teacher, int64_t rows, const TilePair& pair, const float* own,
+    const float* scale, float* out) {
+  for (int lane = 0; lane < kPanel; lane += kLanes) {
+    const Vec own_sum = load(own + lane), factor = load(scale + lane);
+    each_pair<kKind>(student, teacher, rows, pair, lane, [&](int64_t j, Vec q, DivergenceTerm<Vec> term) {
+      keep(out + j * kPanel + lane, factor * (term.pull - q * own_sum));
+    });
+  }
+}
+
+void pair_slopes(
+    const float* student, const float* teacher, int64_t rows, const TilePair& pair, const float* own,
+    const float* scale, float* out) {
+  const auto run = pair.kind == Divergence::kForwardKl ? pair_slopes_of<Divergence::kForwardKl>
+      : pair.kind == Divergence::kReverseKl            ? pair_slopes_of<Divergence::kReverseKl>
+                                                       : pair_slopes_of<Divergence::kJsd>;
+  run(student, teacher, rows, pair, own, scale, out);
+}
+
+// -- the gradient
+
 template <class Rows, bool kValues, bool kSoftcap, bool kUniform, bool kMore>
 void gradient_of(
     char* kept, int64_t rows, const float* class_weight, const TileGradient& terms, float slope, char* by_row,
     int64_t by_row_stride) {
   for (int lane = 0; lane < kPanel; lane += kLanes) {
     const auto lanes = [=](const float* x) __attribute__((always_inline)) { return x ? load(x + lane) : Vec{}; };
-    const Vec factor = load(terms.factor + lane);
+    const Vec factor = kMore ? lanes(terms.factor) : load(terms.factor + lane);
     const Vec uniform = kUniform ? load(terms.uniform + lane) : Vec{};
     const Vec max = kValues ? load(terms.max + lane) : Vec{};
     const Vec slope_term = kMore ? lanes(terms.slope_term) : Vec{};
@@ -293,11 +366,14 @@ void gradient_of(
         g = factor * v;
       } else {
         const Vec x = slope * (v - max);
-        const Vec e = exp_nonpositive(x);
         if constexpr (!kMore) {
-          g = factor * e;
+          g = factor * exp_nonpositive(x);
         } else {
-          g = pick(e == Vec{}, Vec{}, (factor + slope_term * x) * e);
+          g = Vec{};
+          if (terms.factor) {
+            const Vec e = exp_nonpositive(x);
+            g = pick(e == Vec{}, Vec{}, (factor + slope_term * x) * e);
+          }
           if (terms.second) {
             g += second * exp_nonpositive(terms.second_slope * (v - max));
           }
@@ -363,7 +439,7 @@ void masked_sums(
 template <class Words, class Rows>
 constexpr TileKernels tiles() {
   return {kPanel,  gemm<Words>, transposed_words<Words>, values,           exponentials<Rows>,
-          moments, spread,      gradient<Rows>,          masked_sums<Rows>};
+          moments, spread,      pair_sums, pair_slopes, gradient<Rows>,          masked_sums<Rows>};
 }
 
 }  // namespace
