@@ -34,12 +34,12 @@ def linear_cross_entropy_bytes(demand):
 
 
 def linear_logprob(
-    input, linear_weight, linear_bias, ids, rows, *, row_scale, needs, chunks, keep_float32, dtype, logit_scale, softcap,
-    temperature, vocab_start, group,
+    input, linear_weight, linear_bias, ids, rows, *, row_scale, needs, chunks, keep_float32, dtype, vocab_start, group,
+    **options,
 ):
     return native.linear_logprob(
         input, linear_weight, linear_bias, ids.long(), rows, row_scale, dtype, needs, keep_float32, chunks.rows,
-        chunks.tile, logit_scale=logit_scale, softcap=softcap, temperature=temperature)
+        chunks.tile, **options)
 
 
 def linear_logprob_bytes(demand):

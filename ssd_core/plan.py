@@ -47,7 +47,7 @@ class Demand:
     dtype: torch.dtype          # that products are taken in
     device: torch.device
     gathered: bool = False      # rows are dropped
-    cast: bool = False          # the weight has another dtype
+    cast: bool = False          # the weight has another dtype, or its rows are not contiguous
     logits: int = 1             # (rows, vocabulary) buffers: the student's, and a teacher's that is computed
     buffers: int = 6            # float32 blocks that a row pass holds at once, measured
     passes: int = 1             # looks at all logits before the gradient
@@ -134,7 +134,7 @@ def _square(demand: Demand, free: int) -> tuple[int, int]:
 
 
 def _plan_panels(demand: Demand, workspace_bytes: int) -> ChunkPlan:
-    """The same for compiled kernels, which count their bytes: rows in whole panels, and columns in whole tiles or all."""
+    """The same for compiled kernels, which count their bytes: rows in whole panels, columns in whole tiles or all."""
     panel, tile = native.tile_shape(demand.dtype)
     threads = torch.get_num_threads()
     panels, tiles = -(-max(1, demand.tokens) // panel), -(-demand.vocab // tile)
@@ -146,8 +146,8 @@ def _plan_panels(demand: Demand, workspace_bytes: int) -> ChunkPlan:
         """The largest number up to ``most`` that fits, or 0."""
         return bisect.bisect_right(range(1, most + 1), budget, key=bytes_of)
 
-    # what the gradient filter leaves waits for d_weight's products in the other half
-    budget = max(needed(1, 1), workspace_bytes // 2) if demand.filtered else workspace_bytes
+    # what the gradient filter leaves waits in the rest
+    budget = max(needed(1, 1), workspace_bytes * 7 // 8) if demand.filtered else workspace_bytes
 
     expected = f"at least {needed(1, 1)} for {panel * min(tile, demand.vocab)} logits"
     expect(needed(1, 1) <= workspace_bytes, "workspace_bytes", expected, workspace_bytes)
@@ -164,8 +164,8 @@ def _plan_panels(demand: Demand, workspace_bytes: int) -> ChunkPlan:
             p = p * 3 // 4
     _, p, t = min(plans)
     p = -(-panels // -(-panels // p))       # as many chunks, of equal size
-    return ChunkPlan(
-        p * panel, tile, demand.vocab if t == tiles else t * tile, max(0, workspace_bytes - needed(p, t)))
+    spare = max(0, workspace_bytes - needed(p, t))
+    return ChunkPlan(p * panel, tile, demand.vocab if t == tiles else t * tile, spare)
 
 
 def _cost(demand: Demand, rows: int, recomputed: int) -> float:
@@ -177,4 +177,6 @@ def _cost(demand: Demand, rows: int, recomputed: int) -> float:
     else:
         balance = BALANCE[itemsize][demand.device.type != "cpu"]
         again = recomputed * (1 + LOOK * balance / (2 * demand.hidden))
-    return 3 + again + (4 * balance / rows if demand.d_weight else 0)
+    # what the gradient filter leaves of d_weight is added up at the end
+    added_up = demand.d_weight and not demand.filtered
+    return 3 + again + (4 * balance / rows if added_up else 0)

@@ -200,7 +200,8 @@ def defined(x, w, b, ids, probs, c, scale, order, delta_input, delta_weight, **o
     order = default_order(q) if order is None else order
     found = [definition(grad, q, protected, delta=delta, tile=256, order=order) if delta else (grad, None, None)
              for delta in (delta_input, delta_weight)]
-    return found[0][0] @ w.double(), found[1][0].T @ x.double(), grad.sum(0), [part[1:] for part in found if part[1] is not None]
+    shares = [part[1:] for part in found if part[1] is not None]
+    return found[0][0] @ w.double(), found[1][0].T @ x.double(), grad.sum(0), shares
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

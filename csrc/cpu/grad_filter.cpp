@@ -84,22 +84,15 @@ void GradFilter::allocate(const HeadCall& call, const Grid& grid, const Words& w
     if (call.scaled) {
       share.token_mass.assign(grid.tiles * count_, 0.0f);
       share.column_mass.assign(grid.vocab, 0.0f);
+      share.held.resize(grid.tiles);
     }
   }
   if (wants_input_) {
     d_tokens_ = at::zeros({count_, width_}, floats);
-    slices_.resize(step());
-    step_rows_.resize(step());
-    own_rows_.resize(step());
   }
   if (wants_weight_) {
-    held_.resize(grid.tiles);
     directions_ = at::zeros({grid.tiles, width_}, floats);
   }
-}
-
-int64_t GradFilter::step() const {
-  return 2 * at::get_num_threads();
 }
 
 // Per token, skip the lightest tiles while their summed mass stays within the bound; of equal ones the first.
@@ -173,9 +166,8 @@ void GradFilter::open(const Chunk& chunk, const at::Tensor& x) {
 }
 
 void GradFilter::take(
-    const Block& all, const char* kept, int64_t kept_stride, const char* by_row, int64_t row_bytes, int64_t slot) {
+    const Block& all, const char* kept, int64_t kept_stride, const char* by_row, int64_t row_bytes) {
   const int64_t panel = grid_.panel, t = all.tile, padded = chunk_.panels * panel, words = words_.words(kTile);
-  const int64_t kept_row = panel * words_.kept_element() * (words_.pairs ? 2 : 1);
   std::vector<float> mask(padded), sums(padded);
   for (size_t s = 0; s < shares_.size(); ++s) {
     Share& share = shares_[s];
@@ -197,6 +189,7 @@ void GradFilter::take(
     }
     Held rows;
     rows.chunk = static_cast<int64_t>(states_.size()) - 1;
+    rows.begin = chunk_.begin;
     rows.tokens.assign(
         share.active.begin() + share.active_first[t], share.active.begin() + share.active_first[t + 1]);
     rows.words.assign(rows.tokens.size() * words, 0);
@@ -204,62 +197,25 @@ void GradFilter::take(
     for (const int32_t i : rows.tokens) {
       const char* column = kept + i / panel * kept_stride + i % panel * 4;
       for (int64_t k = 0; k < words_.words(all.own); ++k) {
-        std::memcpy(out + k, column + k * kept_row, 4);
+        std::memcpy(out + k, column + k * words_.kept_row(), 4);
       }
       out += words;
     }
-    if (for_weight) {
-      held_[t].push_back(std::move(rows));
-    } else {
-      own_rows_[slot] = std::move(rows);
-    }
-    if (for_input) {
-      step_rows_[slot] = for_weight ? &held_[t].back() : &own_rows_[slot];
-    }
+    share.held[t].push_back(std::move(rows));
   }
-  if (wants_input_) {
-    const std::unique_ptr<char[]> scratch(new char[head_weight_->scratch() + 64]);
-    const Weight::Rows w = head_weight_->tile(all.first, all.own, scratch.get());
-    const int64_t stride = slice_stride(width_);
-    slices_[slot].assign(words * stride, 0);
-    words_.kernels->transposed_words(w.data, w.row, all.own, hidden_, slices_[slot].data(), stride);
-  }
-}
-
-// By coordinate: each is summed by one thread in the order of the vocabulary.
-void GradFilter::input_products(int64_t first_tile, int64_t last_tile) {
-  if (!wants_input_) {
-    return;
-  }
-  const int64_t panel = grid_.panel, words = words_.words(kTile), stride = slice_stride(width_);
-  at::parallel_for(0, width_ / panel, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> product;
-    for (int64_t slot = 0; slot < last_tile - first_tile; ++slot) {
-      const Held& rows = *step_rows_[slot];
-      const auto count = static_cast<int64_t>(rows.tokens.size());
-      product.resize(count * panel);
-      for (int64_t q = begin; q < end && count > 0; ++q) {
-        words_.kernels->gemm(
-            rows.words.data(), words * 4, 4, slices_[slot].data() + q * panel, stride * 4, product.data(), panel, count,
-            words, false);
-        for (int64_t k = 0; k < count; ++k) {
-          float* out = d_tokens_.mutable_data_ptr<float>() + (chunk_.begin + rows.tokens[k]) * width_ + q * panel;
-          const float* from = product.data() + k * panel;
-          for (int64_t lane = 0; lane < panel; ++lane) {
-            out[lane] += from[lane];
-          }
-        }
-      }
-    }
-  });
 }
 
 void GradFilter::end_chunk(const at::Tensor& d_weight) {
-  if (!wants_weight_) {
+  if (!wants_input_ && !wants_weight_) {
     return;
   }
-  add_directions();
-  const int64_t taken = static_cast<int64_t>(shares_[weight_].active.size()) * (words_.words(kTile) + 1) * 4;
+  if (wants_weight_) {
+    add_directions();
+  }
+  int64_t taken = 0;
+  for (const Share& share : shares_) {
+    taken += static_cast<int64_t>(share.active.size()) * (words_.words(kTile) + 1) * 4;
+  }
   held_bytes_ += taken;
   const bool more = chunk_.begin + chunk_.n < count_;
   if (more && held_bytes_ + taken > held_limit_) {  // the next chunk's would be too much
@@ -298,7 +254,7 @@ void GradFilter::weight_products(int64_t tile, float* product) const {
     }
     filled = 0;
   };
-  for (const Held& rows : held_[tile]) {
+  for (const Held& rows : shares_[weight_].held[tile]) {
     const auto* x = static_cast<const char*>(states_[rows.chunk].const_data_ptr());
     for (size_t k = 0; k < rows.tokens.size(); ++k) {
       const char* state = x + rows.tokens[k] * hidden_ * element;
@@ -314,40 +270,101 @@ void GradFilter::weight_products(int64_t tile, float* product) const {
   }
 }
 
+// The products of all that waits, in steps of tiles: d_weight's by tile, d_input's by coordinate.
 void GradFilter::flush(const at::Tensor& d_weight, bool last) {
-  const bool direct = d_weight.scalar_type() == at::kFloat;
-  if (!last && !direct && !d_weight_sum_.defined()) {
+  if (!last && wants_weight_ && d_weight.scalar_type() != at::kFloat && !d_weight_sum_.defined()) {
     d_weight_sum_ = empty(d_weight.sizes(), at::TensorOptions(at::kFloat));
   }
-  const at::Tensor& sum = direct ? d_weight : d_weight_sum_;
-  const bool add = flushed_;
-  at::parallel_for(0, divide_up(grid_.vocab, kTile), 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> product(kTile * width_);
-    for (int64_t t = begin; t < end; ++t) {
-      std::fill(product.begin(), product.end(), 0.0f);
-      weight_products(t, product.data());
-      if (last) {
-        match_weight(t, product.data());
+  const int64_t tiles = divide_up(grid_.vocab, kTile), step = 2 * at::get_num_threads();
+  const int64_t slice = words_.words(kTile) * slice_stride(width_);
+  std::vector<uint32_t> slices(wants_input_ ? step * slice : 0);
+  std::vector<float> mean_rows(wants_input_ && last ? tiles * width_ : 0);
+  for (int64_t first = 0; first < tiles; first += step) {
+    const int64_t stop = std::min(first + step, tiles);
+    at::parallel_for(first, stop, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) {
+        float* mean = mean_rows.empty() ? nullptr : mean_rows.data() + t * width_;
+        flush_tile(t, d_weight, last, mean, slices.data() + (t - first) * slice);
       }
-      for (int64_t j = 0; j < grid_.rows(t); ++j) {
-        const int64_t at = call_->id(t * kTile + j) * hidden_;
-        float* row = product.data() + j * width_;
-        if (last && !direct && add) {
-          const float* before = sum.const_data_ptr<float>() + at;
-          for (int64_t d = 0; d < hidden_; ++d) {
-            row[d] += before[d];
-          }
-        }
-        store_floats(last ? d_weight : sum, at, row, hidden_, add && (direct || !last));
-      }
+    });
+    if (wants_input_) {
+      input_products(first, stop, slices.data());
     }
-  });
-  for (auto& rows : held_) {
-    rows.clear();
+  }
+  if (wants_input_ && last) {
+    match_input(mean_rows.data());
+  }
+  for (Share& share : shares_) {
+    for (auto& rows : share.held) {
+      rows.clear();
+    }
   }
   states_.clear();
   held_bytes_ = 0;
   flushed_ = true;
+}
+
+// A tile's d_weight; and for d_input its words below each other and, at the end, its mean row sum_j c_j W_j.
+void GradFilter::flush_tile(int64_t tile, const at::Tensor& d_weight, bool last, float* mean_row, uint32_t* slice) {
+  const int64_t rows = grid_.rows(tile);
+  if (wants_weight_) {
+    std::vector<float> product(kTile * width_, 0.0f);
+    weight_products(tile, product.data());
+    if (last) {
+      match_weight(tile, product.data());
+    }
+    const bool direct = d_weight.scalar_type() == at::kFloat;
+    const at::Tensor& sum = direct ? d_weight : d_weight_sum_;
+    for (int64_t j = 0; j < rows; ++j) {
+      const int64_t at = call_->id(tile * kTile + j) * hidden_;
+      float* row = product.data() + j * width_;
+      if (flushed_) {
+        const float* before = sum.const_data_ptr<float>() + at;
+        for (int64_t d = 0; d < hidden_; ++d) {
+          row[d] += before[d];
+        }
+      }
+      store_floats(last ? d_weight : sum, at, row, hidden_, false);
+    }
+  }
+  if (wants_input_) {
+    const std::unique_ptr<char[]> scratch(new char[head_weight_->scratch() + 64]);
+    const Weight::Rows w = head_weight_->tile(tile * kTile, rows, scratch.get());
+    words_.kernels->transposed_words(w.data, w.row, rows, hidden_, slice, slice_stride(width_));
+    if (mean_row) {
+      const std::vector<float> shape = shape_of(shares_[input_], tile);
+      for (int64_t j = 0; j < rows; ++j) {
+        add_row(words_, w.data + j * w.row, shape[j], hidden_, mean_row);
+      }
+    }
+  }
+}
+
+// Each coordinate is summed by one thread, in the order of the vocabulary.
+void GradFilter::input_products(int64_t first_tile, int64_t last_tile, const uint32_t* slices) {
+  const int64_t panel = grid_.panel, words = words_.words(kTile), stride = slice_stride(width_);
+  at::parallel_for(0, width_ / panel, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> product;
+    for (int64_t t = first_tile; t < last_tile; ++t) {
+      const uint32_t* slice = slices + (t - first_tile) * words * stride;
+      for (const Held& rows : shares_[input_].held[t]) {
+        const auto count = static_cast<int64_t>(rows.tokens.size());
+        product.resize(count * panel);
+        for (int64_t q = begin; q < end && count > 0; ++q) {
+          words_.kernels->gemm(
+              rows.words.data(), words * 4, 4, slice + q * panel, stride * 4, product.data(), panel, count,
+              words_.words(grid_.rows(t)), false);
+          for (int64_t k = 0; k < count; ++k) {
+            float* out = d_tokens_.mutable_data_ptr<float>() + (rows.begin + rows.tokens[k]) * width_ + q * panel;
+            const float* from = product.data() + k * panel;
+            for (int64_t lane = 0; lane < panel; ++lane) {
+              out[lane] += from[lane];
+            }
+          }
+        }
+      }
+    }
+  });
 }
 
 std::vector<float> GradFilter::shape_of(const Share& share, int64_t tile) const {
@@ -370,39 +387,26 @@ void GradFilter::match_weight(int64_t tile, float* product) const {
   }
 }
 
-// M times each tile's mean row, sum_j c_j W_j.
-void GradFilter::match_input() {
-  const int64_t tiles = divide_up(grid_.vocab, kTile);
-  std::vector<float> mean(tiles * width_, 0.0f);
-  at::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<char[]> scratch(new char[head_weight_->scratch() + 64]);
-    for (int64_t t = begin; t < end; ++t) {
-      const std::vector<float> shape = shape_of(shares_[input_], t);
-      const Weight::Rows w = head_weight_->tile(t * kTile, grid_.rows(t), scratch.get());
-      for (size_t j = 0; j < shape.size(); ++j) {
-        add_row(words_, w.data + j * w.row, shape[j], hidden_, mean.data() + t * width_);
-      }
-    }
-  });
+// M times the tiles' mean rows.
+void GradFilter::match_input(const float* mean_rows) {
   at::parallel_for(0, count_, 6, [&](int64_t begin, int64_t end) {
     add_product(
-        words_, shares_[input_].token_mass.data() + begin, 1, count_, mean.data(),
-        d_tokens_.mutable_data_ptr<float>() + begin * width_, width_, end - begin, tiles);
+        words_, shares_[input_].token_mass.data() + begin, 1, count_, mean_rows,
+        d_tokens_.mutable_data_ptr<float>() + begin * width_, width_, end - begin, divide_up(grid_.vocab, kTile));
   });
 }
 
 void GradFilter::close(const at::Tensor& d_input, const at::Tensor& d_weight) {
+  if (count_ > 0 && (wants_input_ || wants_weight_)) {
+    flush(d_weight, true);
+  }
   if (wants_input_) {
-    match_input();
     const at::Tensor found = d_tokens_.slice(1, 0, hidden_).to(d_input.scalar_type());
     if (call_->index.defined()) {
       d_input.index_copy_(0, call_->index, found);
     } else {
       d_input.copy_(found);
     }
-  }
-  if (wants_weight_ && count_ > 0) {
-    flush(d_weight, true);
   }
 }
 

@@ -2,8 +2,8 @@
 // vocabulary are skipped while their softmax mass stays within a bound; their part G of the gradient is replaced by
 // M_it c_j with M_it = sum_j G_ij over tile t and c_j = sum_i G_ij / sum_i M_it.
 //
-// The gradient itself is made as always. What is active of it is copied together, by tile and token, and meets the
-// products: d_input's while a few tiles are in cache, d_weight's of all tokens of the call at once.
+// The gradient itself is made as always. What is active of it is copied together, by tile and token, and waits: one
+// product of a tile with all tokens of the call is cheaper than many with a few.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -27,7 +27,7 @@ class GradFilter {
     std::function<double(int64_t i)> weight;
   };
 
-  // A bound of 0: exact. At most `held_bytes` of active gradient wait for d_weight's products.
+  // A bound of 0: exact. About `held_bytes` of active gradient wait at most.
   GradFilter(double delta_input, double delta_weight, int64_t held_bytes, Tokens tokens);
 
   bool filters_input() const { return input_ >= 0; }
@@ -36,10 +36,8 @@ class GradFilter {
   void allocate(const HeadCall& call, const Grid& grid, const Words& words, const Weight& weight);
   // A chunk whose rows are finished: what is active. x (n, D): its hidden states as products take them.
   void open(const Chunk& chunk, const at::Tensor& x);
-  // One tile's gradient, both ways, its first panel at `kept`; `slot`: its place among those of a step.
-  void take(const Block& all, const char* kept, int64_t kept_stride, const char* by_row, int64_t row_bytes, int64_t slot);
-  int64_t step() const;                                          // tiles
-  void input_products(int64_t first_tile, int64_t last_tile);    // of a step
+  // One tile's gradient, both ways, its first panel at `kept`.
+  void take(const Block& all, const char* kept, int64_t kept_stride, const char* by_row, int64_t row_bytes);
   void end_chunk(const at::Tensor& d_weight);
   // What waits, and the moment match of all that was skipped. d_weight: all of it is written.
   void close(const at::Tensor& d_input, const at::Tensor& d_weight);
@@ -48,6 +46,12 @@ class GradFilter {
   at::Tensor certificate() const;
 
  private:
+  // Rows of active gradient of one tile and chunk, (tokens, words of a tile).
+  struct Held {
+    int64_t chunk, begin;  // place in states_, first token
+    std::vector<int32_t> tokens;
+    std::vector<uint32_t> words;
+  };
   // What one bound skips.
   struct Share {
     double delta;
@@ -57,21 +61,18 @@ class GradFilter {
     std::vector<float> token_mass;             // M (tiles, M)
     std::vector<float> column_mass;            // sum_i G_ij (V,)
     double skipped_max = 0, skipped_sum = 0, active_count = 0;
-  };
-  // Rows of active gradient of one tile and chunk, (tokens, words of a tile).
-  struct Held {
-    int64_t chunk;
-    std::vector<int32_t> tokens;
-    std::vector<uint32_t> words;
+    std::vector<std::vector<Held>> held;       // by tile
   };
 
   void select(Share& share);
   void add_directions();
   void flush(const at::Tensor& d_weight, bool last);
+  void flush_tile(int64_t tile, const at::Tensor& d_weight, bool last, float* mean_row, uint32_t* slice);
+  void input_products(int64_t first_tile, int64_t last_tile, const uint32_t* slices);
   void weight_products(int64_t tile, float* product) const;
   // Add c_j times the tile's direction to `product` (rows, width).
   void match_weight(int64_t tile, float* product) const;
-  void match_input();
+  void match_input(const float* mean_rows);
   // c_j of the tile.
   std::vector<float> shape_of(const Share& share, int64_t tile) const;
 
@@ -86,12 +87,8 @@ class GradFilter {
   Chunk chunk_;
   int64_t hidden_ = 0, width_ = 0, count_ = 0;  // width: of a row of coordinates, in whole panels
   bool wants_input_ = false, wants_weight_ = false, positive_ = false, negative_ = false, flushed_ = false;
-  std::vector<std::vector<Held>> held_;  // by tile
-  std::vector<at::Tensor> states_;       // x of each chunk that waits
+  std::vector<at::Tensor> states_;  // x of each chunk that waits
   int64_t held_bytes_ = 0;
-  std::vector<std::vector<uint32_t>> slices_;  // of a step: the tiles' weights as words below each other,
-  std::vector<const Held*> step_rows_;         // and what they meet,
-  std::vector<Held> own_rows_;                 // if d_weight needs something else
   at::Tensor d_tokens_;                        // (M, width) float32
   at::Tensor directions_;                      // M^T x (tiles, width) float32
   at::Tensor d_weight_sum_;                    // float32, if what waits had to be multiplied before the end

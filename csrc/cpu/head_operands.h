@@ -38,6 +38,7 @@ struct Words {
   int64_t words(int64_t n) const { return pairs ? divide_up(n, 2) : n; }
   int64_t element() const { return pairs ? 2 : 4; }
   int64_t kept_element() const { return wide ? 4 : 2; }
+  int64_t kept_row() const { return kernels->panel * kept_element() * (pairs ? 2 : 1); }  // bytes between its words
 };
 
 Words words_of(at::ScalarType dtype, bool softcap);

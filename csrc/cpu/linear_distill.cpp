@@ -281,7 +281,9 @@ class SparseDistillPass : public DistillPass {
     for (int64_t k = 0; k < target.count; ++k) {
       whole.max = std::max(whole.max, target.entries[k].value);
     }
-    const auto mass = [&](float v) { return v == -kInfinity ? 0 : std::exp(slope * (static_cast<double>(v) - whole.max)); };
+    const auto mass = [&](float v) {
+      return v == -kInfinity ? 0 : std::exp(slope * (static_cast<double>(v) - whole.max));
+    };
     whole.sum = off.sum == 0 ? 0 : off.sum * mass(off.max);
     for (int64_t k = 0; k < target.count; ++k) {
       whole.sum += mass(target.entries[k].value);
@@ -332,7 +334,7 @@ class DenseDistillPass : public DistillPass {
   }
 
   // The teacher's part of the scratch, and behind it a tile of its values.
-  int64_t scratch() const override { return teacher_scratch() + kTile * kMaxPanel * static_cast<int64_t>(sizeof(float)); }
+  int64_t scratch() const override { return teacher_scratch() + kTile * kMaxPanel * 4; }
   void open_tile(int64_t tile, char* scratch) override { teacher_.open_tile(tile, scratch); }
 
   void look(const Block& block, float* u, void* kept, bool again, char* scratch) override {
@@ -429,7 +431,8 @@ class DenseDistillPass : public DistillPass {
       });
     }
     const bool one_slope = given_.with_ce && !given_.two_slopes();
-    TileGradient terms = {lanes(p, kMax), one_slope ? lanes(p, kFactor) : nullptr, smooth() ? lanes(p, kUniform) : nullptr};
+    TileGradient terms = {
+        lanes(p, kMax), one_slope ? lanes(p, kFactor) : nullptr, smooth() ? lanes(p, kUniform) : nullptr};
     if (given_.two_slopes()) {
       terms.second = lanes(p, kSecond);
       terms.second_slope = given_.ce_options.slope;

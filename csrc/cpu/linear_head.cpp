@@ -72,7 +72,8 @@ class Head {
     if (call_.scaled || pass_.looks_twice()) {
       kept_ = bytes(grid_.panels * kept_stride_);
     }
-    const bool filtered_input = filter_ && filter_->filters_input(), filtered_weight = filter_ && filter_->filters_weight();
+    const bool filtered_input = filter_ && filter_->filters_input();
+    const bool filtered_weight = filter_ && filter_->filters_weight();
     if (needs_[0]) {
       d_input_ = at::zeros_like(call_.input);
       if (!filtered_input) {
@@ -96,7 +97,8 @@ class Head {
   }
 
   void run_chunk(int64_t begin, int64_t n) {
-    chunk_ = {begin, n, divide_up(n, panel_), call_.index.defined() ? call_.index.slice(0, begin, begin + n) : at::Tensor()};
+    const at::Tensor index = call_.index.defined() ? call_.index.slice(0, begin, begin + n) : at::Tensor();
+    chunk_ = {begin, n, divide_up(n, panel_), index};
     const at::ScalarType compute = words_.pairs ? at::kBFloat16 : at::kFloat;
     const at::Tensor x = chunk_.of(call_.input).to(call_.dtype).to(compute).contiguous();
     const auto* data = static_cast<const char*>(x.const_data_ptr());
@@ -133,15 +135,11 @@ class Head {
       // in steps whose gradient is still in cache when d_input's product reads it, and that threads share evenly
       const int64_t steps = divide_up((last - first) * kTile * chunk_.n * words_.element(), kStepBytes);
       const int64_t threads = at::get_num_threads();
-      int64_t step = divide_up(divide_up(last - first, steps), threads) * threads;
-      step = filter_ ? std::min(step, filter_->step()) : step;
+      const int64_t step = divide_up(divide_up(last - first, steps), threads) * threads;
       for (int64_t tile = first; tile < last; tile += step) {
         gradients(tile, std::min(tile + step, last), first);
         if (d_tokens_.defined()) {
           input_products(tile, std::min(tile + step, last), first);
-        }
-        if (filter_) {
-          filter_->input_products(tile, std::min(tile + step, last));
         }
       }
     });
@@ -228,7 +226,7 @@ class Head {
           add_rows(by_row.get(), all.own, row_bytes, d_bias_.mutable_data_ptr<float>() + all.first);
         }
         if (filter_) {
-          filter_->take(all, kept_of(0, t, origin), kept_stride_, by_row.get(), row_bytes, t - first_tile);
+          filter_->take(all, kept_of(0, t, origin), kept_stride_, by_row.get(), row_bytes);
         }
         if (by_coordinate_.defined()) {
           weight_products(all, by_row.get(), row_bytes, product.data());
@@ -295,8 +293,8 @@ class Head {
           for (int64_t p = p0; p < p1; ++p) {
             float* c = d_tokens_.mutable_data_ptr<float>() + (p * hidden_ + d0) * panel_;
             kernels_.gemm(
-                slice.data(), 4, stride * 4, kept_of(p, t, origin), panel_ * words_.kept_element() * (words_.pairs ? 2 : 1),
-                c, panel_, width, words_.words(rows), t > 0);
+                slice.data(), 4, stride * 4, kept_of(p, t, origin), words_.kept_row(), c, panel_, width,
+                words_.words(rows), t > 0);
           }
         }
       }

@@ -123,7 +123,8 @@ class LogprobPass : public RowPass {
       terms.entropy = terms.log_sum - below / sum;
       const double logprob = options_.slope * (targets_.rows[i].entries->value - terms.max) - terms.log_sum;
       const double found[] = {
-          logprob, terms.entropy, options_.slope * terms.max + terms.log_sum, static_cast<double>(std::max<int64_t>(argmax, 0))};
+          logprob, terms.entropy, options_.slope * terms.max + terms.log_sum,
+          static_cast<double>(std::max<int64_t>(argmax, 0))};
       for (int k = 0; k < 4; ++k) {
         results_.mutable_data_ptr<float>()[k * results_.size(1) + place] = static_cast<float>(found[k]);
       }

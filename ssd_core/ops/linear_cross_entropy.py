@@ -74,15 +74,16 @@ def _linear_cross_entropy(
     demand = Demand(
         len(input) if rows is None else len(rows), input.shape[1],
         groups.largest(len(linear_weight), input.device, group), ids.shape[1], dtype, input.device,
-        gathered=rows is not None, cast=linear_weight.dtype != dtype or linear_weight.stride(1) != 1, d_weight=needs[1],
+        gathered=rows is not None, cast=tokens.packed(linear_weight, dtype), d_weight=needs[1],
         softcap=numbers.softcap > 0, smoothing=numbers.label_smoothing > 0,
         wide_input=bool(process_group or any(filters)), filtered=any(filters),
         buffers=6 + (bucket or dense is not None) + (numbers.temperature != 1))
+    demand = serving.counted(demand)
     with tokens.without_autocast(input.device):
         *results, certificate, d_input, d_weight, d_bias = serving.load()(
             input, linear_weight, linear_bias, ids, probs, dense, rows, class_weight=class_weight,
             label_weight=label_weight, row_scale=tokens.of_rows(row_scale, rows),
-            needs=needs, chunks=plan_chunks(serving.counted(demand), workspace_bytes), keep_float32=input.dtype == torch.float16,
+            needs=needs, chunks=plan_chunks(demand, workspace_bytes), keep_float32=input.dtype == torch.float16,
             dtype=dtype, group=group, vocab=vocab, vocab_start=vocab_start, grad_filter=filters[0],
             grad_filter_weight=filters[1], vocab_order=vocab_order, bucket=bucket, **numbers._asdict())
     loss, nll, lse = (tokens.spread(values, rows, len(input)) for values in results)

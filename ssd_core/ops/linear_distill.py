@@ -81,17 +81,18 @@ def _linear_distill(
     demand = Demand(
         len(input) if rows is None else len(rows), input.shape[1],
         groups.largest(max(len(linear_weight), wide), input.device, group), 0 if ids is None else 2 * ids.shape[1],
-        dtype, input.device, gathered=rows is not None, cast=linear_weight.dtype != dtype or linear_weight.stride(1) != 1,
+        dtype, input.device, gathered=rows is not None, cast=tokens.packed(linear_weight, dtype),
         logits=1 if teacher_input is None else 2, passes=2 if ids is None else 1,
         teacher_hidden=0 if teacher_input is None else teacher_input.shape[1],
         d_weight=needs[1], wide_input=bool(process_group), buffers=10 if ids is not None else (
             11 + (numbers.temperature != 1) + (numbers.softcap + numbers.teacher_softcap > 0)))
+    demand = serving.counted(demand)
     with tokens.without_autocast(input.device):
         *results, d_input, d_weight, d_bias = serving.load()(
             input, linear_weight, linear_bias, ids, probs, teacher_logits, teacher_input, teacher_weight, teacher_bias,
             labels, rows, class_weight=class_weight, label_weight=label_weight,
             row_scale=tokens.of_rows(row_scale, rows), needs=needs,
-            chunks=plan_chunks(serving.counted(demand), workspace_bytes), keep_float32=input.dtype == torch.float16, dtype=dtype,
+            chunks=plan_chunks(demand, workspace_bytes), keep_float32=input.dtype == torch.float16, dtype=dtype,
             group=group, vocab=vocab, vocab_start=vocab_start, divergence=divergence, tail=tail,
             temperature_squared=temperature_squared, with_ce=with_ce, **numbers._asdict())
     loss, value, nll, lse = (tokens.spread(values, rows, len(input)) for values in results)

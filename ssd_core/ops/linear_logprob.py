@@ -50,13 +50,14 @@ def _linear_logprob(
     demand = Demand(
         len(input) if rows is None else len(rows), input.shape[1],
         groups.largest(len(linear_weight), input.device, group), 1, dtype, input.device, gathered=rows is not None,
-        cast=linear_weight.dtype != dtype or linear_weight.stride(1) != 1, buffers=6 + (temperature != 1) + (softcap > 0),
+        cast=tokens.packed(linear_weight, dtype), buffers=6 + (temperature != 1) + (softcap > 0),
         d_weight=needs[1], wide_input=bool(process_group))
+    demand = serving.counted(demand)
     with tokens.without_autocast(input.device):
         *results, d_input, d_weight, d_bias = serving.load()(
             input, linear_weight, linear_bias, ids, rows,
             row_scale=tokens.of_rows(row_scale, rows), needs=needs,
-            chunks=plan_chunks(serving.counted(demand), workspace_bytes), keep_float32=False, dtype=dtype, group=group,
+            chunks=plan_chunks(demand, workspace_bytes), keep_float32=False, dtype=dtype, group=group,
             vocab_start=vocab_start, logit_scale=logit_scale, softcap=softcap, temperature=temperature)
     logprob, entropy, lse, argmax = (tokens.spread(values, rows, len(input)) for values in results)
     return (lse.new_zeros(()), logprob, entropy, lse, argmax.long(),

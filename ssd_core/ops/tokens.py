@@ -98,6 +98,11 @@ def without_autocast(device: torch.device):
     return torch.autocast(device.type, enabled=False) if enabled else contextlib.nullcontext()
 
 
+def packed(linear_weight, dtype) -> bool:
+    """Whether products of ``dtype`` need the weight in another form."""
+    return linear_weight.dtype != dtype or linear_weight.stride(1) != 1
+
+
 def needs(*tensors) -> list[bool]:
     """Which of them want a gradient. Forward-mode derivatives would come out as 0: they are refused."""
     level = torch.autograd.forward_ad._current_level
