@@ -84,7 +84,7 @@ def _compiled(op: str, dtypes: tuple[str, ...] = ("float32", "bfloat16", "float1
 
 
 BACKENDS = (
-    _compiled("linear_cross_entropy", lacks=("process_group", "class probabilities")),
+    _compiled("linear_cross_entropy", lacks=("process_group",)),
     *_portable("linear_cross_entropy", reference_lacks=("process_group",)),
     _compiled("linear_distill", lacks=("process_group",)),
     *_portable("linear_distill", reference_lacks=("process_group",)),

@@ -15,8 +15,8 @@ def linear_cross_entropy(
     grad_filter, grad_filter_weight, vocab_order,
 ):
     return native.linear_cross_entropy(
-        input, linear_weight, linear_bias, ids.long(), probs, class_weight, rows, row_scale, dtype, needs, keep_float32,
-        chunks.rows, chunks.tile, logit_scale=logit_scale, softcap=softcap, temperature=temperature,
+        input, linear_weight, linear_bias, ids.long(), probs, dense, class_weight, rows, row_scale, dtype, needs,
+        keep_float32, chunks.rows, chunks.tile, logit_scale=logit_scale, softcap=softcap, temperature=temperature,
         label_smoothing=label_smoothing, z_loss=z_loss, bucket=bucket, grad_filter=grad_filter,
         grad_filter_weight=grad_filter_weight, vocab_order=vocab_order, held_bytes=chunks.spare)
 
@@ -25,7 +25,7 @@ def linear_cross_entropy_bytes(demand):
     def held(rows: int, columns: int) -> int:
         found = native.linear_cross_entropy_bytes(
             rows, columns, demand.vocab, demand.hidden, demand.support, demand.dtype, demand.softcap, demand.smoothing,
-            demand.cast or demand.filtered)
+            demand.dense, demand.cast or demand.filtered)
         if demand.filtered:
             found += native.grad_filter_bytes(demand.tokens, rows, demand.vocab, demand.hidden, demand.dtype)
         return found

@@ -63,11 +63,11 @@ def tile_shape(dtype: torch.dtype) -> tuple[int, int]:
 
 def linear_cross_entropy_bytes(
     rows: int, columns: int, vocab: int, hidden: int, support: int, dtype: torch.dtype, softcap: bool, smoothing: bool,
-    cast: bool,
+    dense: bool, cast: bool,
 ) -> int:
     """Bytes that ``linear_cross_entropy`` holds at most, beyond inputs and gradients, in such chunks."""
     return _extension().linear_cross_entropy_bytes(
-        rows, columns, vocab, hidden, support, dtype, softcap, smoothing, cast)
+        rows, columns, vocab, hidden, support, dtype, softcap, smoothing, dense, cast)
 
 
 def grad_filter_bytes(tokens: int, rows: int, vocab: int, hidden: int, dtype: torch.dtype) -> int:
@@ -81,7 +81,8 @@ def linear_cross_entropy(
     bias: torch.Tensor | None,  # (V,)
     ids: torch.Tensor,  # (N, K) int64
     probs: torch.Tensor | None,  # (N, K) float32; None: hard labels, K = 1
-    class_weight: torch.Tensor | None,  # (V,) float32, hard labels only
+    dense: torch.Tensor | None,  # (N, V) class probabilities, in place of ids
+    class_weight: torch.Tensor | None,  # (V,) float32, of hard labels and class probabilities
     index: torch.Tensor | None,  # (M,) int64 rows that count; None: all
     row_scale: torch.Tensor | None,  # (M,) float32; None: no gradients
     dtype: torch.dtype,  # that products are taken in
@@ -104,8 +105,8 @@ def linear_cross_entropy(
     """``(loss, nll, lse, certificate, d_input, d_weight, d_bias)``, the first three (M,) float32; see
     csrc/cpu/linear_cross_entropy.h. Not differentiable itself."""
     return _extension().linear_cross_entropy(
-        input, weight, bias, ids, probs, class_weight, index, row_scale, dtype, needs, keep_float32, rows, columns,
-        logit_scale, softcap, temperature, label_smoothing, z_loss, bucket, grad_filter, grad_filter_weight,
+        input, weight, bias, ids, probs, dense, class_weight, index, row_scale, dtype, needs, keep_float32, rows,
+        columns, logit_scale, softcap, temperature, label_smoothing, z_loss, bucket, grad_filter, grad_filter_weight,
         vocab_order, held_bytes,
     )  # fmt: skip
 

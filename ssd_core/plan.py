@@ -57,6 +57,7 @@ class Demand:
     teacher_hidden: int = 0     # length of a teacher's hidden states
     softcap: bool = False
     smoothing: bool = False
+    dense: bool = False         # class probabilities
     held: Callable[[int, int], int] | None = None   # bytes of so many rows and columns, if the backend counts them
 
     def fixed(self) -> int:

@@ -33,8 +33,8 @@ def problem(n, d, v, dtype, k=0, bias=True, class_weight=False, seed=0):
 
 def call(x, w, b, ids, probs, c, scale, *, index=None, dtype=None, rows=128, columns=WHOLE, **options):
     *results, certificate, d_input, d_weight, d_bias = native.linear_cross_entropy(
-        x, w, b, ids, probs, c, index, scale, dtype or x.dtype, [True, True, b is not None], False, rows, columns,
-        **options)
+        x, w, b, ids, probs, None, c, index, scale, dtype or x.dtype, [True, True, b is not None], False, rows,
+        columns, **options)
     assert certificate is None
     return *results, d_input, d_weight, d_bias
 
@@ -161,7 +161,7 @@ results = []
 for x, w, b, ids, probs, c, scale in torch.load("cases.pt"):
     for softcap in (0.0, 3.0):
         found = native.linear_cross_entropy(
-            x, w, b, ids, probs, c, None, scale, x.dtype, [True] * 3, False, 64, 1 << 40, softcap=softcap,
+            x, w, b, ids, probs, None, c, None, scale, x.dtype, [True] * 3, False, 64, 1 << 40, softcap=softcap,
             bucket=probs is not None)
         results.append(found[:3] + found[4:])
 torch.save(results, native.cpu_isa() + ".pt")
@@ -221,8 +221,8 @@ def test_gradient_filter_is_the_definition(deltas, given, options, columns, dtyp
         d_input, d_weight, d_bias, shares = defined(*given_problem, shuffled, *deltas, **options)
         for rows, held in ((64, 0), (64, 1 << 40), (1000, 1 << 40)):
             *_, certificate, got_input, got_weight, got_bias = native.linear_cross_entropy(
-                x, w, b, ids, probs, c, None, scale, dtype, [True] * 3, False, rows, columns, grad_filter=deltas[0],
-                grad_filter_weight=deltas[1], vocab_order=shuffled, held_bytes=held, **options)
+                x, w, b, ids, probs, None, c, None, scale, dtype, [True] * 3, False, rows, columns,
+                grad_filter=deltas[0], grad_filter_weight=deltas[1], vocab_order=shuffled, held_bytes=held, **options)
             true = torch.stack([torch.stack((s.max(), s.mean(), a.double().mean())) for s, a in shares])
             true = torch.stack((true[:, 0].max(), true[:, 1].max(), true[:, 2].mean()))
             torch.testing.assert_close(certificate.double(), true, rtol=0.03, atol=0.003)
@@ -237,7 +237,7 @@ def test_gradient_filter_wants_one_sign():
     scale[5] *= -1
     with pytest.raises(ValueError, match="grad_filter: expected token weights and upstream gradients of one sign"):
         native.linear_cross_entropy(
-            x, w, b, ids, probs, c, None, scale, x.dtype, [True] * 3, False, 64, WHOLE, grad_filter=0.1)
+            x, w, b, ids, probs, None, c, None, scale, x.dtype, [True] * 3, False, 64, WHOLE, grad_filter=0.1)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -254,6 +254,6 @@ def test_plans_keep_to_the_budget_and_name_the_least(vocab, hidden, dtype):
         if budget >= least:
             plan = plan_chunks(demand, budget)
             assert plan.rows % native.tile_shape(dtype)[0] == 0 and (plan.tile == vocab or plan.tile % 256 == 0)
-            held = native.linear_cross_entropy_bytes(plan.rows, plan.tile, vocab, hidden, 1, dtype, False, False, False)
+            held = native.linear_cross_entropy_bytes(plan.rows, plan.tile, vocab, hidden, 1, dtype, False, False, False, False)
             assert held <= budget
     assert plan_chunks(demand, 1 << 40).tile == vocab and plan_chunks(demand, 1 << 40).rows >= 3000

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "class_probabilities.h"
 #include "cross_entropy_terms.h"
 #include "grad_filter.h"
 #include "head_targets.h"
@@ -196,11 +197,13 @@ void put_in_order(const at::Tensor& order, Tensors& given) {
 
 int64_t linear_cross_entropy_bytes(
     int64_t rows, int64_t columns, int64_t vocab, int64_t hidden, int64_t support, at::ScalarType dtype, bool softcap,
-    bool smoothing, bool cast) {
+    bool smoothing, bool dense, bool cast) {
   const int64_t tiles = divide_up(vocab, kTile);
-  const int64_t statistics = (tiles + 1) * 4 * (smoothing ? 4 : 2) + 3 * 4;
+  const int64_t statistics = (tiles + 1) * 4 * (2 + (smoothing ? 2 : 0) + (dense ? 5 : 0)) + 4 * 4;
   const int64_t row = statistics + HeadTargets::row_bytes(support) + static_cast<int64_t>(sizeof(RowTerms));
-  return head_bytes(rows, columns, vocab, hidden, dtype, softcap, cast) + rows * row + tiles * 16 + vocab / 8;
+  const int64_t thread = dense ? kTile * kMaxPanel * 4 : 0;
+  return head_bytes(rows, columns, vocab, hidden, dtype, softcap || dense, cast, dense ? 4 : 0) + rows * row +
+      tiles * 16 + vocab / 8 + at::get_num_threads() * thread;
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_cross_entropy(
@@ -209,6 +212,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     const std::optional<at::Tensor>& bias,
     const at::Tensor& ids,
     const std::optional<at::Tensor>& probs,
+    const std::optional<at::Tensor>& dense,
     const std::optional<at::Tensor>& class_weight,
     const std::optional<at::Tensor>& index,
     const std::optional<at::Tensor>& row_scale,
@@ -236,6 +240,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
       weight.size(0), given.class_weight, logit_scale, softcap, temperature, label_smoothing, z_loss);
   HeadCall call = {
       input, weight, bias_given, tokens, dtype, given.row_scale.defined(), needs, keep_float32, rows, columns};
+  if (dense.has_value() && dense->defined()) {
+    ClassProbabilityPass pass(*dense, given.bias, given.row_scale, options, call.count());
+    const HeadGradients gradients = run_head(call, pass);
+    return {pass.loss, pass.nll, pass.lse, at::Tensor(), gradients.input, gradients.weight, gradients.bias};
+  }
   const bool filtered = grad_filter > 0 || grad_filter_weight > 0;
   RowOptions ordered = options;
   if (filtered) {

@@ -19,7 +19,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     const std::optional<at::Tensor>& bias,          // (V,)
     const at::Tensor& ids,                          // (N, K) int64
     const std::optional<at::Tensor>& probs,         // (N, K) float32; none: hard labels, K = 1
-    const std::optional<at::Tensor>& class_weight,  // (V,) float32, hard labels only
+    const std::optional<at::Tensor>& dense,         // (N, V) class probabilities, in place of ids
+    const std::optional<at::Tensor>& class_weight,  // (V,) float32, of hard labels and class probabilities
     const std::optional<at::Tensor>& index,         // (M,) int64 rows that count; none: all
     const std::optional<at::Tensor>& row_scale,     // (M,) float32; none: no gradients
     at::ScalarType dtype,                           // that products are taken in
@@ -41,6 +42,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
 // Bytes that it holds at most: see head_bytes.
 int64_t linear_cross_entropy_bytes(
     int64_t rows, int64_t columns, int64_t vocab, int64_t hidden, int64_t support, at::ScalarType dtype, bool softcap,
-    bool smoothing, bool cast);
+    bool smoothing, bool dense, bool cast);
 
 }  // namespace ssd_core::cpu

@@ -75,7 +75,7 @@ def _linear_cross_entropy(
         len(input) if rows is None else len(rows), input.shape[1],
         groups.largest(len(linear_weight), input.device, group), ids.shape[1], dtype, input.device,
         gathered=rows is not None, cast=tokens.packed(linear_weight, dtype), d_weight=needs[1],
-        softcap=numbers.softcap > 0, smoothing=numbers.label_smoothing > 0,
+        softcap=numbers.softcap > 0, smoothing=numbers.label_smoothing > 0, dense=dense is not None,
         wide_input=bool(process_group or any(filters)), filtered=any(filters),
         buffers=6 + (bucket or dense is not None) + (numbers.temperature != 1))
     demand = serving.counted(demand)

@@ -1,0 +1,152 @@
+#include "class_probabilities.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <vector>
+
+namespace ssd_core::cpu {
+
+ClassProbabilityPass::ClassProbabilityPass(
+    const at::Tensor& probabilities, const at::Tensor& bias, const at::Tensor& row_scale, const RowOptions& options,
+    int64_t count)
+    : targets_(probabilities, at::Tensor(), at::Tensor(), at::Tensor(), 1, 0, 1), bias_(bias), row_scale_(row_scale),
+      options_(options), tile_options_{options.softcap > 0, options.cap_slope, options.slope, true} {
+  const auto floats = at::TensorOptions(at::kFloat);
+  loss = at::empty({count}, floats);
+  nll = at::empty({count}, floats);
+  lse = at::empty({count}, floats);
+}
+
+void ClassProbabilityPass::allocate(const Grid& grid, const Words& words) {
+  grid_ = grid;
+  words_ = words;
+  targets_.allocate(grid);
+  tiles_.allocate(grid);
+  for (TileNumbers* numbers : {&max_, &below_, &mass_, &plain_below_, &plain_mass_}) {
+    numbers->allocate(grid);
+  }
+  if (options_.label_smoothing > 0) {
+    spread_.allocate(grid);
+  }
+  lanes_.resize(grid.panels * kLanes * grid.panel);
+}
+
+void ClassProbabilityPass::open(const Chunk& chunk) {
+  chunk_ = chunk;
+  targets_.open(chunk);
+  tiles_.open(grid_);
+  std::fill(lanes_.begin(), lanes_.end(), 0.0f);
+}
+
+void ClassProbabilityPass::look(const Block& block, float* u, void* kept, bool again, char* scratch) {
+  const int64_t p = block.panel, t = block.tile, panel = grid_.panel, even = divide_up(block.rows, 2) * 2;
+  const float* bias = bias_.defined() ? bias_.const_data_ptr<float>() + block.first : nullptr;
+  float unused[3 * kMaxPanel];
+  float* max = again ? unused : tiles_.max.of(p, t);
+  float* sum = again ? unused + panel : tiles_.sum.of(p, t);
+  words_.kernels->values(u, block.rows, bias, tile_options_, max);
+  std::fill(u + block.rows * panel, u + even * panel, -kInfinity);
+  words_.kernels->exponentials(u, even, max, tile_options_, kept, sum);
+  float* w = kept ? static_cast<float*>(kept) + kTile * panel : reinterpret_cast<float*>(scratch);
+  targets_.values(block, w, unused + 2 * panel, nullptr);
+  if (again) {
+    return;
+  }
+  if (spread_.defined()) {
+    spread_.look(words_, block, u, max, options_.class_weight);
+  }
+  std::copy_n(max, panel, max_.of(p, t));
+  float *below = below_.of(p, t), *mass = mass_.of(p, t), *plain = plain_below_.of(p, t), *all = plain_mass_.of(p, t);
+  for (float* sums : {below, mass, plain, all}) {
+    std::fill_n(sums, panel, 0.0f);
+  }
+  const float* c = class_weight(block);
+  for (int64_t j = 0; j < block.rows; ++j) {
+    const float weight = c ? c[j] : 1.0f;
+    for (int64_t lane = 0; lane < panel; ++lane) {
+      const float x = w[j * panel + lane];
+      const float term = x == 0 ? 0 : x * (max[lane] - u[j * panel + lane]);  // an id of no mass may have no logit
+      below[lane] += weight * term;
+      mass[lane] += weight * x;
+      plain[lane] += term;
+      all[lane] += x;
+    }
+  }
+}
+
+void ClassProbabilityPass::finish() {
+  const int64_t panel = grid_.panel;
+  at::parallel_for(0, chunk_.panels, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> max(panel);
+    std::vector<double> sum(panel), spread(panel);
+    for (int64_t p = begin; p < end; ++p) {
+      tiles_.finish(words_, options_.slope, p, max.data(), sum.data());
+      if (spread_.defined()) {
+        spread_.finish(grid_, options_.class_weight, p, spread.data());
+      }
+      for (int64_t lane = 0; lane < panel && p * panel + lane < chunk_.n; ++lane) {
+        double below = 0, mass = 0, plain = 0, all = 0;
+        for (int64_t t = 0; t < grid_.tiles; ++t) {
+          const float tile_max = max_.of(p, t)[lane];
+          const double rise = tile_max == -kInfinity ? 0 : static_cast<double>(max[lane]) - tile_max;
+          below += below_.of(p, t)[lane] + rise * mass_.of(p, t)[lane];
+          plain += plain_below_.of(p, t)[lane] + rise * plain_mass_.of(p, t)[lane];
+          mass += mass_.of(p, t)[lane];
+          all += plain_mass_.of(p, t)[lane];
+        }
+        finish_token(p, lane, {max[lane], sum[lane], spread[lane]}, below, mass, plain, all);
+      }
+    }
+  });
+}
+
+void ClassProbabilityPass::finish_token(
+    int64_t p, int64_t lane, const RowSums& found, double below, double mass, double plain, double all) {
+  const int64_t place = chunk_.begin + p * grid_.panel + lane;
+  const double slope = options_.slope, log_sum = std::log(found.sum), row_lse = slope * found.max + log_sum;
+  const double sharp = 1 - options_.label_smoothing, uniform = options_.label_smoothing / options_.vocab;
+  double value = sharp * (slope * below + mass * log_sum), common = sharp * mass;
+  if (options_.label_smoothing > 0) {
+    value += uniform * (options_.class_weight_sum * log_sum + slope * found.spread);
+    common += uniform * options_.class_weight_sum;
+  }
+  if (options_.z_loss != 0) {
+    value += options_.z_loss * row_lse * row_lse;
+    common += 2 * options_.z_loss * row_lse;
+  }
+  loss.mutable_data_ptr<float>()[place] = static_cast<float>(value);
+  nll.mutable_data_ptr<float>()[place] = static_cast<float>(slope * plain + all * log_sum);
+  lse.mutable_data_ptr<float>()[place] = static_cast<float>(row_lse);
+  if (row_scale_.defined()) {
+    const double scale = row_scale_.const_data_ptr<float>()[place] * options_.logit_scale / options_.temperature;
+    lanes(p, kMax)[lane] = found.max;
+    lanes(p, kFactor)[lane] = static_cast<float>(scale * common / found.sum);
+    lanes(p, kUniform)[lane] = static_cast<float>(scale * uniform);
+    lanes(p, kScale)[lane] = static_cast<float>(-scale * sharp);
+  }
+}
+
+void ClassProbabilityPass::gradient(const Block& block, void* kept, char* by_row, int64_t row_bytes) {
+  const int64_t p = block.panel, panel = grid_.panel;
+  const bool smooth = options_.label_smoothing > 0;
+  float* w = static_cast<float*>(kept) + kTile * panel;
+  const float* c = class_weight(block);
+  const float* scale = lanes(p, kScale);
+  for (int64_t j = 0; j < block.rows; ++j) {
+    const float weight = c ? c[j] : 1.0f;
+    for (int64_t lane = 0; lane < panel; ++lane) {
+      w[j * panel + lane] *= scale[lane] * weight;
+    }
+  }
+  std::fill_n(w + block.rows * panel, block.rows % 2 * panel, 0.0f);
+  TileGradient terms = {lanes(p, kMax), lanes(p, kFactor), smooth ? lanes(p, kUniform) : nullptr};
+  terms.addend = w;
+  words_.kernels->gradient(
+      kept, divide_up(block.rows, 2) * 2, smooth ? c : nullptr, terms, tile_options_, by_row, row_bytes);
+}
+
+}  // namespace ssd_core::cpu
