@@ -12,6 +12,7 @@
 #include "cpu/linear_distill.h"
 #include "cpu/linear_head.h"
 #include "cpu/linear_logprob.h"
+#include "cpu/sample.h"
 
 TORCH_LIBRARY(ssd_core, m) {
   m.def(
@@ -71,6 +72,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("linear_logprob_bytes", &cpu::linear_logprob_bytes);
   m.def("grad_filter_bytes", &cpu::grad_filter_bytes);
   m.def("tile_shape", &cpu::tile_shape);
+  m.def("sample", &cpu::sample, py::call_guard<py::gil_scoped_release>());
   // The kernels' own functions, exposed so that their error bounds can be tested.
   m.def("exp_nonpositive", [](const at::Tensor& x) { return map_floats(cpu::active_row_kernels().exp, x); });
   m.def("expm1_nonpositive", [](const at::Tensor& x) { return map_floats(cpu::active_row_kernels().expm1, x); });

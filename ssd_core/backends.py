@@ -98,6 +98,7 @@ BACKENDS = (
     *_portable("softmax_backward", "softmax"),
     *_portable("log_softmax", "softmax"),
     *_portable("log_softmax_backward", "softmax"),
+    _compiled("sample"),
     Backend("sample", "torch", f"{_CHUNKED}.sample:sample"),
     Backend("sample", "reference", "ssd_core.reference.sample:run", devices=("cpu",), automatic=False),
 )

@@ -216,3 +216,20 @@ def cross_entropy_rows_(
         logit_scale=logit_scale, softcap=softcap, temperature=temperature,
         label_smoothing=label_smoothing, z_loss=z_loss, bucket=bucket,
     )  # fmt: skip
+
+
+def sample(
+    logits: torch.Tensor,  # (B, V) float32, bfloat16 or float16, unit stride along V
+    seeds: torch.Tensor,  # (B,) int64
+    positions: torch.Tensor,  # (B,) int64
+    *,
+    temperature: float = 1.0,  # 0: greedy
+    top_k: int = 0,  # at most V; 0: all
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    support_limit: int,
+) -> tuple[torch.Tensor, ...]:
+    """``(token, logprob, sampling_logprob, kept_mass, entropy, ids, probs)``: tokens (B,) int64, statistics (B,)
+    float32, the support (B, min(support_limit, V)) int32 and float32 with zeros beyond its end; see
+    csrc/cpu/sample.h."""
+    return _extension().sample(logits, seeds, positions, temperature, top_k, top_p, min_p, support_limit)

@@ -13,10 +13,6 @@ namespace {
 // Float32 accumulators run over at most this many elements; float64 ones add up the blocks.
 constexpr int64_t kBlock = 1024;
 
-SSD_CORE_INLINE float larger(float x, float max) {  // max if x is NaN
-  return x > max ? x : max;
-}
-
 template <class T, bool kBias, bool kSoftcap>
 SSD_CORE_INLINE float row_value(const T* u, const float* bias, float cap_slope, int64_t j) {
   float v = to_float(u[j]);

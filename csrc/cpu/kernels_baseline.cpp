@@ -1,5 +1,6 @@
 // The kernels for any machine of this architecture.
 #include "cross_entropy_rows_kernel.h"
+#include "sample_kernel.h"
 #include "tile_kernels.h"
 
 #define SSD_CORE_ISA baseline
@@ -10,4 +11,5 @@
 #define SSD_CORE_PANEL_VECTORS 2  // of 16
 #endif
 #include "cross_entropy_rows_kernel.inc.h"
+#include "sample_kernel.inc.h"
 #include "tile_kernels.inc.h"

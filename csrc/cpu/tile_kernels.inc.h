@@ -185,10 +185,6 @@ struct Bfloat16Rows {
 
 // -- from raw outputs to exponentials, and to the gradient
 
-SSD_CORE_INLINE Vec larger(Vec x, Vec max) {  // max if x is NaN
-  return pick(x > max, x, max);
-}
-
 template <bool kBias, bool kSoftcap>
 void values_of(float* u, int64_t rows, const float* bias, float cap_slope, float* max) {
   for (int lane = 0; lane < kPanel; lane += kLanes) {

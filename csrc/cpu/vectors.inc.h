@@ -38,6 +38,11 @@ SSD_CORE_INLINE float pick(bool mask, float x, float y) {
   return mask ? x : y;
 }
 
+template <class F>
+SSD_CORE_INLINE F larger(F x, F max) {  // max if x is NaN
+  return pick(x > max, x, max);
+}
+
 SSD_CORE_INLINE Bits bits_of(Vec x) {
   return (Bits)x;
 }
