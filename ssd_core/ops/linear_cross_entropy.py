@@ -164,8 +164,8 @@ def linear_cross_entropy(
             returns (..., T - 1).
         grad_filter: bound on the softmax mass of a token that may be left out of the products that make input's
             gradient; the rest is replaced by its rank-1 moment match, so that the gradient's row and column sums stay
-            exact and its error in L1 is at most twice the bound. The loss stays exact. 0 is exact. Backend "torch". In
-            our convergence study (experiments/README.md) training with 0.001 was the same, with 0.01 worse.
+            exact and its error in L1 is at most twice the bound. The loss stays exact. 0 is exact. In our convergence
+            study (experiments/README.md) training with 0.001 was the same, with 0.01 worse.
         grad_filter_weight: the same for linear_weight's gradient; None is ``grad_filter``, 0 is exact. Rows of rarely
             predicted tokens are then known by their tile's direction only.
         vocab_order: (V,) permutation whose runs of 256 ids are the filter's tiles; by default in order of mean

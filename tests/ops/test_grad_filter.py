@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from suite import each_backend
 from tolerances import FACTOR, ROUNDING, error
 
 from ssd_core import SparseTarget, linear_cross_entropy
@@ -258,7 +259,8 @@ def test_equal_to_the_definition(bounds, options):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("rows", [7, 500])
-def test_no_more_than_rounding_on_top(dtype, rows, monkeypatch):
+@each_backend("linear_cross_entropy", "grad_filter")
+def test_no_more_than_rounding_on_top(backend, dtype, rows, monkeypatch):
     """The filtered gradients of a dtype are as near the filtered float64 ones as exact gradients are to exact ones. The
     masses of tiles are far apart, so that rounding does not change which are skipped."""
     chunks_of(monkeypatch, rows)
@@ -272,7 +274,7 @@ def test_no_more_than_rounding_on_top(dtype, rows, monkeypatch):
         wide = [t.detach().double().requires_grad_() for t in (x, w, b)]
         for found, delta in ((ours, 0.055), (plain, 0.0)):
             options = {"grad_filter": delta, "vocab_order": order}
-            _, *grads, skipped, _, active = of_backend("torch", x, w, b, y, **options)
+            _, *grads, skipped, _, active = of_backend(backend, x, w, b, y, **options)
             _, *true, true_skipped, _, true_active = of_backend("reference", *wide, y, **options)
             assert active.item() == pytest.approx(true_active.item(), rel=1e-6)
             assert error(skipped, true_skipped) <= 2e-2
@@ -287,6 +289,16 @@ def test_no_more_than_rounding_on_top(dtype, rows, monkeypatch):
 
 def pooled(errors):
     return (sum(e * e for e in errors) / len(errors)) ** 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:])
+@each_backend("linear_cross_entropy", "grad_filter")
+def test_the_loss_stays_exact(backend, dtype):
+    """Of every backend, also where an order of the vocabulary is one of its sums: to rounding."""
+    x, w, b, y = problem(dtype=dtype)
+    call = {"linear_bias": b, "reduction": "none", "backend": backend}
+    exact, filtered = (linear_cross_entropy(x, w, y, grad_filter=delta, **call) for delta in (0.0, 0.1))
+    torch.testing.assert_close(filtered, exact, rtol=2e-6, atol=2e-6)
 
 
 # -- chunks, order, bounds --------------------------------------------------------------------------------------------
