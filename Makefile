@@ -8,7 +8,7 @@ RUN := "$(or $(PYTHON),$(VENV)/bin/python)" -P -m
 DEMO := demo
 export TORCH_INDEX_URL
 
-.PHONY: demo test test-all test-floor lint build fresh bench-peers clean setup
+.PHONY: demo test test-all test-asan test-portability test-floor fuzz lint build fresh bench-peers clean setup
 
 demo: setup
 	$(RUN) ssd_core.data.smollm2 $(DEMO)/SmolLM2-135M-Instruct
@@ -18,9 +18,23 @@ demo: setup
 test: setup
 	$(RUN) pytest -m "not all"
 
-# every instruction set, packaging in environments of its own, killed and resumed runs
+# every instruction set, sanitizers, packaging in environments of its own, killed and resumed runs
 test-all: setup
 	$(RUN) pytest -m all
+
+# the part of it that AddressSanitizer and UndefinedBehaviorSanitizer watch, in build/sanitizers
+test-asan: setup
+	$(RUN) pytest -m all tests/test_sanitizers.py
+
+# another compiler and another architecture; with what this installs, test-all does it too
+test-portability: setup
+	$(RUN) pip install --quiet ziglang
+	$(RUN) pytest -m all tests/test_portability.py
+
+# new calls of backend cpu for so many seconds
+fuzz: export FUZZ_SECONDS ?= 600
+fuzz: setup
+	$(RUN) pytest -m all tests/test_fuzz.py
 
 # the oldest transformers that is supported, in an environment of its own
 test-floor:

@@ -1,0 +1,27 @@
+"""The tests of backend "cpu", in a process of their own: at an instruction set, under a sanitizer."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = ("tests/ops", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_cpu*.py")),
+         "tests/test_native.py", "tests/test_fuzz.py")
+# The cases of tests/ops have the backend's name; "auto" of the superset is served by it. What looks at threads, time,
+# all instruction sets or the way the extension was built has nothing to gain.
+CHOICE = " and not ".join(("(cpu or native or fuzz or (superset and auto))", "threads", "instruction_sets", "isa",
+                           "vectorised", "openmp", "build_info"))
+
+
+def run_tests(*arguments, processes=None, **environment):
+    """Fails with the output of the tests that fail."""
+    processes = processes or min(4, os.cpu_count() or 1)
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "pytest", *FILES, "-m", "not all", "-k", CHOICE, "-n", str(processes),
+         "-p", "no:cacheprovider", "--tb=short", *arguments],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+    passed = done.returncode == 0
+    assert passed, f"{environment}\n{done.stdout}"
+    print(done.stdout.splitlines()[-1])
