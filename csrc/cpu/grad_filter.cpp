@@ -180,7 +180,7 @@ void GradFilter::take(
         by_row, all.own, row_bytes, padded, mask.data(), sums.data(), share.column_mass.data() + all.first);
     float* token_mass = share.token_mass.data() + t * count_ + chunk_.begin;
     for (int64_t i = 0; i < chunk_.n; ++i) {
-      token_mass[i] = mask[i] * sums[i];
+      token_mass[i] = mask[i] != 0 ? sums[i] : 0.0f;
     }
     const bool for_input = wants_input_ && static_cast<int>(s) == input_;
     const bool for_weight = wants_weight_ && static_cast<int>(s) == weight_;

@@ -222,6 +222,7 @@ class Head {
             clear_row(kept, all.own);
           }
         }
+        clear_lanes(by_row.get(), all.own, row_bytes);
         if (d_bias_.defined()) {
           add_rows(by_row.get(), all.own, row_bytes, d_bias_.mutable_data_ptr<float>() + all.first);
         }
@@ -239,6 +240,14 @@ class Head {
   void clear_row(char* kept, int64_t row) const {
     for (int64_t lane = 0; lane < panel_; ++lane) {
       store_word_element(words_, kept, row, lane, 0.0f);
+    }
+  }
+
+  // What fills up the last panel: no token's, but an infinite weight makes it NaN.
+  void clear_lanes(char* by_row, int64_t rows, int64_t row_bytes) const {
+    const int64_t used = chunk_.n * words_.element();
+    for (int64_t j = 0; j < rows && used < row_bytes; ++j) {
+      std::fill_n(by_row + j * row_bytes + used, row_bytes - used, char{});
     }
   }
 

@@ -368,7 +368,7 @@ void gradient_of(
           g = Vec{};
           if (terms.factor) {
             const Vec e = exp_nonpositive(x);
-            g = pick(e == Vec{}, Vec{}, (factor + slope_term * x) * e);
+            g = pick(e == Vec{}, factor * e, (factor + slope_term * x) * e);  // a NaN factor stays
           }
           if (terms.second) {
             g += second * exp_nonpositive(terms.second_slope * (v - max));
@@ -426,7 +426,7 @@ void masked_sums(
     for (int64_t i = 0; i < n; ++i) {
       const float g = to_float(row[i]);
       column_sums[i] += g;
-      sum += mask[i] * g;
+      sum += mask[i] != 0 ? g : 0.0f;
     }
     row_sums[j] += sum;
   }
