@@ -1,26 +1,17 @@
-// ssd_core._C: importing it registers torch.ops.ssd_core.*; the module itself says how it was built.
+// ssd_core._C: the compiled functions, and how they were built.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty_like.h>
 #include <pybind11/pybind11.h>
 #include <torch/csrc/utils/pybind.h>
-#include <torch/library.h>
 
-#include "cpu/cross_entropy_rows.h"
 #include "cpu/grad_filter.h"
 #include "cpu/isa.h"
 #include "cpu/linear_cross_entropy.h"
 #include "cpu/linear_distill.h"
 #include "cpu/linear_head.h"
 #include "cpu/linear_logprob.h"
+#include "cpu/logit_rows.h"
 #include "cpu/sample.h"
-
-TORCH_LIBRARY(ssd_core, m) {
-  m.def(
-      "cross_entropy_rows_(Tensor(a!) logits, Tensor? bias, Tensor ids, Tensor? probs, Tensor? class_weight, "
-      "Tensor? row_scale, *, float logit_scale, float softcap, float temperature, float label_smoothing, float z_loss, "
-      "bool bucket) -> (Tensor loss, Tensor nll, Tensor lse)",
-      {at::Tag::pt2_compliant_tag});
-}
 
 namespace ssd_core {
 namespace {
@@ -48,7 +39,7 @@ py::dict build_info() {
   return info;
 }
 
-at::Tensor map_floats(cpu::MapKernel kernel, const at::Tensor& x) {
+at::Tensor map_floats(void (*kernel)(const float*, float*, int64_t), const at::Tensor& x) {
   TORCH_CHECK(
       x.device().is_cpu() && x.scalar_type() == at::kFloat && x.is_contiguous(),
       "x: expected a contiguous float32 CPU tensor, got ", x.toString(), " with strides ", x.strides());
@@ -71,6 +62,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("linear_logprob", &cpu::linear_logprob, py::call_guard<py::gil_scoped_release>());
   m.def("linear_logprob_bytes", &cpu::linear_logprob_bytes);
   m.def("grad_filter_bytes", &cpu::grad_filter_bytes);
+  m.def("softmax_rows", &cpu::softmax_rows, py::call_guard<py::gil_scoped_release>());
+  m.def("softmax_rows_backward", &cpu::softmax_rows_backward, py::call_guard<py::gil_scoped_release>());
+  m.def("cross_entropy_rows", &cpu::cross_entropy_rows, py::call_guard<py::gil_scoped_release>());
+  m.def("logprob_rows", &cpu::logprob_rows, py::call_guard<py::gil_scoped_release>());
+  m.def("distill_rows", &cpu::distill_rows, py::call_guard<py::gil_scoped_release>());
   m.def("tile_shape", &cpu::tile_shape);
   m.def("sample", &cpu::sample, py::call_guard<py::gil_scoped_release>());
   // The kernels' own functions, exposed so that their error bounds can be tested.

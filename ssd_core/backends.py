@@ -19,6 +19,7 @@ from ssd_core.checks import UsageError
 log = logging.getLogger("ssd_core")
 
 FLOATS = ("float64", "float32", "bfloat16", "float16")
+COMPILED = ("float32", "bfloat16", "float16")       # dtypes of the compiled backend
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,9 +78,9 @@ def _portable(op: str, module: str = "", *, reference_lacks: tuple[str, ...] = (
             Backend(op, "reference", f"{_REFERENCE}:{op}", lacks=reference_lacks, automatic=False))
 
 
-def _compiled(op: str, dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16"), *, lacks: tuple[str, ...] = ()):
+def _compiled(op: str, *, lacks: tuple[str, ...] = ()) -> Backend:
     counts = f"ssd_core.cpu:{op}_bytes" if op.startswith("linear_") else ""
-    return Backend(op, "cpu", f"ssd_core.cpu:{op}", devices=("cpu",), dtypes=dtypes, lacks=lacks,
+    return Backend(op, "cpu", f"ssd_core.cpu:{op}", devices=("cpu",), dtypes=COMPILED, lacks=lacks,
                    needs="ssd_core.native:missing", counts=counts)
 
 
@@ -90,13 +91,19 @@ BACKENDS = (
     *_portable("linear_distill", reference_lacks=("process_group",)),
     _compiled("linear_logprob", lacks=("process_group",)),
     *_portable("linear_logprob", reference_lacks=("process_group",)),
-    _compiled("cross_entropy", ("float32", "bfloat16"), lacks=("class probabilities",)),
+    _compiled("cross_entropy"),
     *_portable("cross_entropy"),
+    _compiled("distill"),
     *_portable("distill"),
+    _compiled("logprob"),
     *_portable("logprob"),
+    _compiled("softmax"),
     *_portable("softmax"),
+    _compiled("softmax_backward"),
     *_portable("softmax_backward", "softmax"),
+    _compiled("log_softmax"),
     *_portable("log_softmax", "softmax"),
+    _compiled("log_softmax_backward"),
     *_portable("log_softmax_backward", "softmax"),
     _compiled("sample"),
     Backend("sample", "torch", f"{_CHUNKED}.sample:sample"),

@@ -63,28 +63,9 @@ def linear_distill_bytes(demand):
         rows, columns, demand.vocab, demand.hidden, demand.support, demand.teacher_hidden, demand.dtype, demand.cast)
 
 
-def cross_entropy(
-    logits, ids, probs, dense, rows, *, class_weight, label_weight, row_scale, logit_scale, softcap, temperature,
-    label_smoothing, z_loss, bucket,
-):
-    count = len(logits) if rows is None else len(rows)
-    results = logits.new_empty(3, count, dtype=torch.float32)
-    make = torch.empty_like if rows is None else torch.zeros_like
-    d_logits = None if row_scale is None else make(logits, memory_format=torch.contiguous_format)
-    step = max(1, BLOCK // logits.shape[1])
-    for start in range(0, count, step):
-        part = slice(start, min(start + step, count))
-        index = part if rows is None else rows[part]
-        z = logits[index].contiguous()
-        if row_scale is not None and rows is None:
-            d_logits[part] = z
-            z = d_logits[part]
-        results[:, part] = torch.stack(native.cross_entropy_rows_(
-            z, None, ids[index].long(), None if probs is None else probs[index], class_weight,
-            None if row_scale is None else row_scale[part], logit_scale=logit_scale, softcap=softcap,
-            temperature=temperature, label_smoothing=label_smoothing, z_loss=z_loss, bucket=bucket))
-        if row_scale is not None and rows is not None:
-            d_logits[index] = z
+def cross_entropy(logits, ids, probs, dense, rows, *, class_weight, label_weight, row_scale, **options):
+    results, d_logits = native.cross_entropy_rows(
+        logits, ids, probs, dense, class_weight, rows, row_scale, **options)
     return *results, d_logits
 
 
@@ -100,3 +81,32 @@ def sample(logits, seeds, positions, *, temperature, top_k, top_p, min_p, suppor
     *draw, ids, probs = draws[0] if len(draws) == 1 else map(torch.cat, zip(*draws, strict=True))
     width = int((probs > 0).sum(-1).max())
     return *draw, ids[:, :width], probs[:, :width]
+
+
+def logprob(logits, ids, rows, *, row_scale, **options):
+    results, d_logits = native.logprob_rows(logits, ids, rows, row_scale, **options)
+    return *results, d_logits
+
+
+def distill(
+    logits, ids, probs, teacher_logits, labels, rows, *, class_weight, label_weight, row_scale, **options,
+):
+    results, d_logits = native.distill_rows(
+        logits, ids, probs, teacher_logits, labels, class_weight, rows, row_scale, **options)
+    return *results, d_logits
+
+
+def softmax(logits, *, temperature):
+    return native.softmax_rows(logits, temperature, False)
+
+
+def softmax_backward(grad, out, *, temperature):
+    return native.softmax_rows_backward(grad, out, temperature, False)
+
+
+def log_softmax(logits, *, temperature):
+    return native.softmax_rows(logits, temperature, True)
+
+
+def log_softmax_backward(grad, out, *, temperature):
+    return native.softmax_rows_backward(grad, out, temperature, True)

@@ -190,13 +190,24 @@ def linear_distill(
         label_smoothing, z_loss)
 
 
-def cross_entropy_rows_(
-    logits: torch.Tensor,  # (R, V) float32 or bfloat16: raw GEMM outputs u
-    bias: torch.Tensor | None,  # (V,) float32
-    ids: torch.Tensor,  # (R, K) int64
-    probs: torch.Tensor | None,  # (R, K) float32; None: hard labels, K = 1
-    class_weight: torch.Tensor | None = None,  # (V,) float32, hard labels only
-    row_scale: torch.Tensor | None = None,  # (R,) float32; None: logits are only read
+def softmax_rows(logits: torch.Tensor, temperature: float, log: bool) -> torch.Tensor:
+    """Softmax, or its logarithm, of ``logits / temperature`` (N, V) along the last axis."""
+    return _extension().softmax_rows(logits, temperature, log)
+
+
+def softmax_rows_backward(grad: torch.Tensor, out: torch.Tensor, temperature: float, log: bool) -> torch.Tensor:
+    """d logits (N, V) from ``grad`` with respect to ``out``, the result of ``softmax_rows``."""
+    return _extension().softmax_rows_backward(grad, out, temperature, log)
+
+
+def cross_entropy_rows(
+    logits: torch.Tensor,  # (N, V) float32, bfloat16 or float16, any strides
+    ids: torch.Tensor,  # (N, K) int32 or int64; with dense not looked at
+    probs: torch.Tensor | None,  # (N, K) float32; None: hard labels, K = 1
+    dense: torch.Tensor | None = None,  # (N, V) class probabilities
+    class_weight: torch.Tensor | None = None,  # (V,) float32, not with probs
+    index: torch.Tensor | None = None,  # (M,) int64 ascending: rows that count; None: all
+    row_scale: torch.Tensor | None = None,  # (M,) float32; None: no gradient
     *,
     logit_scale: float = 1.0,
     softcap: float = 0.0,  # 0: none
@@ -204,17 +215,54 @@ def cross_entropy_rows_(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     bucket: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``(loss, nll, lse)``, each (R,) float32; the formulas stand in csrc/cpu/cross_entropy_rows.h.
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """``((loss, nll, lse) (3, M), d_logits)``; see csrc/cpu/logit_rows.h. Not differentiable itself."""
+    return _extension().cross_entropy_rows(
+        logits, ids, probs, dense, class_weight, index, row_scale, logit_scale, softcap, temperature, label_smoothing,
+        z_loss, bucket,
+    )  # fmt: skip
 
-    With ``row_scale`` the logits are overwritten by the gradient of ``(row_scale * loss).sum()`` with respect to them.
-    Not differentiable itself.
-    """
-    _extension()
-    return torch.ops.ssd_core.cross_entropy_rows_(
-        logits, bias, ids, probs, class_weight, row_scale,
-        logit_scale=logit_scale, softcap=softcap, temperature=temperature,
-        label_smoothing=label_smoothing, z_loss=z_loss, bucket=bucket,
+
+def logprob_rows(
+    logits: torch.Tensor,  # (N, V)
+    ids: torch.Tensor,  # (N,) int64
+    index: torch.Tensor | None = None,  # (M,)
+    row_scale: torch.Tensor | None = None,  # (M, 2) float32, of logprob and entropy
+    *,
+    logit_scale: float = 1.0,
+    softcap: float = 0.0,
+    temperature: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """``((logprob, entropy, lse, argmax) (4, M), d_logits)``; see csrc/cpu/logit_rows.h."""
+    return _extension().logprob_rows(logits, ids, index, row_scale, logit_scale, softcap, temperature)
+
+
+def distill_rows(
+    logits: torch.Tensor,  # (N, V)
+    ids: torch.Tensor | None,  # (N, K) of a sparse teacher
+    probs: torch.Tensor | None,  # (N, K) float32
+    teacher_logits: torch.Tensor | None = None,  # (N, V') in place of ids and probs, float64 too
+    labels: torch.Tensor | None = None,  # (N,) int64
+    class_weight: torch.Tensor | None = None,  # (V,) float32
+    index: torch.Tensor | None = None,  # (M,)
+    row_scale: torch.Tensor | None = None,  # (M,) float32
+    *,
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
+    tail: str = "bucket",
+    temperature_squared: bool = False,
+    ce_weight: float = 0.0,
+    with_ce: bool = False,
+    logit_scale: float = 1.0,
+    softcap: float = 0.0,
+    temperature: float = 1.0,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """``((loss, divergence, nll, lse) (4, M), d_logits)``; see csrc/cpu/logit_rows.h."""
+    return _extension().distill_rows(
+        logits, ids, probs, teacher_logits, labels, class_weight, index, row_scale, divergence, beta, tail,
+        temperature_squared, ce_weight, with_ce, logit_scale, softcap, temperature, label_smoothing, z_loss,
     )  # fmt: skip
 
 

@@ -137,7 +137,7 @@ def _square(demand: Demand, free: int) -> tuple[int, int]:
 def _plan_panels(demand: Demand, workspace_bytes: int) -> ChunkPlan:
     """The same for compiled kernels, which count their bytes: rows in whole panels, columns in whole tiles or all."""
     panel, tile = native.tile_shape(demand.dtype)
-    threads = torch.get_num_threads()
+    threads = max(4, torch.get_num_threads())       # as the extension counts: plans are the same on few
     panels, tiles = -(-max(1, demand.tokens) // panel), -(-demand.vocab // tile)
 
     def needed(p: int, t: int) -> int:

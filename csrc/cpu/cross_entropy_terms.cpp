@@ -29,14 +29,14 @@ RowOptions row_options(
       options.class_weight_sum += options.class_weight[j];
     }
   }
-  options.logit_scale = static_cast<float>(logit_scale);
-  options.softcap = static_cast<float>(softcap);
-  options.temperature = static_cast<float>(temperature);
+  options.logit_scale = logit_scale;
+  options.softcap = softcap;
+  options.temperature = temperature;
   options.label_smoothing = label_smoothing;
   options.z_loss = z_loss;
   options.factor = 1;
-  options.cap_slope = softcap > 0 ? options.logit_scale / options.softcap : 0.0f;
-  options.slope = (softcap > 0 ? options.softcap : options.logit_scale) / options.temperature;
+  options.cap_slope = static_cast<float>(softcap > 0 ? logit_scale / softcap : 0.0);
+  options.slope = static_cast<float>((softcap > 0 ? softcap : logit_scale) / temperature);
   return options;
 }
 
@@ -79,6 +79,7 @@ RowTarget TargetReader::read(const int64_t* ids, const float* probs, const RowOp
       seen_[entries[k].id / 64] = 0;
     }
   }
+  std::sort(entries, entries + count, [](const auto& a, const auto& b) { return a.id < b.id; });
   const double tail = bucket && count < options.vocab && sum < 1 ? 1 - sum : 0;
   return {entries, count, sum, tail, options.class_weight ? options.class_weight[ids[0]] : 1.0};
 }
@@ -128,6 +129,22 @@ RowTerms finish_row(const RowOptions& options, const RowSums& found, const RowTa
   return {
       static_cast<float>(loss), static_cast<float>(nll), static_cast<float>(lse), max, sum, sharp, common, scale,
       {found.max, static_cast<float>(scale * mass), static_cast<float>(scale * uniform)}};
+}
+
+RowTerms finish_dense_row(const RowOptions& options, const Sums& found, float row_scale) {
+  const double slope = options.slope;
+  const double log_sum = std::log(found.row.sum);
+  const double lse = slope * found.row.max + log_sum;
+  const double nll = slope * found.plain_spread + found.plain_weight * log_sum;
+  const double loss = slope * found.row.spread + found.weight * log_sum + options.z_loss * lse * lse;
+  const double common = found.weight + 2 * options.z_loss * lse;
+  const double scale = static_cast<double>(row_scale) * options.logit_scale / options.temperature;
+  RowTerms terms = {};
+  terms.loss = static_cast<float>(loss);
+  terms.nll = static_cast<float>(nll);
+  terms.lse = static_cast<float>(lse);
+  terms.gradient = {found.row.max, static_cast<float>(scale * common / found.row.sum), static_cast<float>(scale)};
+  return terms;
 }
 
 float target_gradient(const RowOptions& options, const RowTerms& row, const TargetEntry& target) {

@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "cross_entropy_rows_kernel.h"
+#include "row_kernels.h"
 
 namespace ssd_core::cpu {
 
@@ -19,7 +19,7 @@ void check_ids(const int64_t* ids, const float* probs, int64_t rows, int64_t wid
 
 // One row's target.
 struct RowTarget {
-  TargetEntry* entries;  // (count,) distinct ids
+  TargetEntry* entries;  // (count,) distinct ids, ascending
   int64_t count;
   double sum;           // S
   double tail;          // p_tail: mass on the ids outside the support, 0 without bucket
@@ -47,6 +47,10 @@ struct RowTerms {
 
 // Scalars are float64: they cost nothing, and a loss is a difference of them.
 RowTerms finish_row(const RowOptions& options, const RowSums& found, const RowTarget& target, float row_scale);
+
+// With class probabilities, whose weights w hold class weights and label smoothing: dloss/dz_j = common q_j - w_j, and
+// the gradient's `uniform` multiplies w_j.
+RowTerms finish_dense_row(const RowOptions& options, const Sums& found, float row_scale);
 
 // du at an id of the support.
 float target_gradient(const RowOptions& options, const RowTerms& row, const TargetEntry& target);

@@ -425,7 +425,7 @@ at::Tensor GradFilter::certificate() const {
 
 int64_t grad_filter_bytes(int64_t tokens, int64_t rows, int64_t vocab, int64_t hidden, at::ScalarType dtype) {
   const Words words = words_of(dtype, false);
-  const int64_t panel = words.kernels->panel, threads = at::get_num_threads(), tiles = divide_up(vocab, kTile);
+  const int64_t panel = words.kernels->panel, threads = counted_threads(), tiles = divide_up(vocab, kTile);
   const int64_t width = divide_up(hidden, panel) * panel;
   const int64_t shares = 2 * (rows * tiles * 6 + tokens * tiles * 4 + vocab * 4);
   const int64_t matched = (tokens + 2 * tiles + rows) * width * 4;

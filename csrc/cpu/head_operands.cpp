@@ -2,6 +2,7 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
+#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
@@ -34,6 +35,13 @@ at::Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
   }
 #endif
   return x;
+}
+
+at::Tensor paired_class_weights(const std::optional<at::Tensor>& class_weight) {
+  if (!class_weight.has_value() || !class_weight->defined()) {
+    return {};
+  }
+  return at::constant_pad_nd(*class_weight, {0, 1}).slice(0, 0, class_weight->size(0));
 }
 
 Words words_of(at::ScalarType dtype, bool softcap) {
@@ -86,7 +94,8 @@ void pack(const From* x, int64_t row, int64_t column, int64_t rows, int64_t colu
 Weight::Weight(const at::Tensor& weight, at::ScalarType dtype, const Words& words, const at::Tensor& order)
     : weight_(weight), dtype_(dtype), words_(words), order_(order), hidden_(weight.size(1)) {
   const at::ScalarType compute = words.pairs ? at::kBFloat16 : at::kFloat;
-  direct_ = weight.scalar_type() == compute && weight.stride(1) == 1 && !(words.pairs && hidden_ % 2);
+  direct_ = weight.scalar_type() == compute && dtype == compute && weight.stride(1) == 1 &&
+      !(words.pairs && hidden_ % 2);
 }
 
 Weight::Rows Weight::tile(int64_t first, int64_t count, char* scratch) const {

@@ -1,8 +1,10 @@
 // What the products of a head are made of: its weight by tiles, and a chunk of hidden states in both orders.
 #pragma once
 
+#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 
@@ -26,6 +28,15 @@ inline at::Tensor value_or_undefined(const std::optional<at::Tensor>& x) {
 
 inline at::Tensor contiguous_or_undefined(const std::optional<at::Tensor>& x) {
   return x.has_value() && x->defined() ? x->contiguous() : at::Tensor();
+}
+
+// Class weights (V,) float32, or undefined, with one more behind them: kernels read them in pairs.
+at::Tensor paired_class_weights(const std::optional<at::Tensor>& class_weight);
+
+// Threads that a call counts its bytes for. Not less than some, so that the chunks of a budget, which decide the order
+// of d_weight's sums, are the same on few threads.
+inline int64_t counted_threads() {
+  return std::max(4, at::get_num_threads());
 }
 
 // What products are made of: float32 words, or bfloat16 pairs where the machine multiplies those.

@@ -1,6 +1,6 @@
 // The kernels for AVX-512 (F, BW, DQ, VL). The pragma stays in force to the end of the file, where templates are
 // instantiated.
-#include "cross_entropy_rows_kernel.h"
+#include "row_kernels.h"
 #include "sample_kernel.h"
 #include "tile_kernels.h"
 
@@ -15,7 +15,7 @@
 #define SSD_CORE_ISA avx512
 #define SSD_CORE_VECTOR_BYTES 64
 #define SSD_CORE_PANEL_VECTORS 4
-#include "cross_entropy_rows_kernel.inc.h"
+#include "row_kernels.inc.h"
 #include "sample_kernel.inc.h"
 #include "tile_kernels.inc.h"
 

@@ -1,5 +1,5 @@
 // The kernels for any machine of this architecture.
-#include "cross_entropy_rows_kernel.h"
+#include "row_kernels.h"
 #include "sample_kernel.h"
 #include "tile_kernels.h"
 
@@ -10,6 +10,6 @@
 #else
 #define SSD_CORE_PANEL_VECTORS 2  // of 16
 #endif
-#include "cross_entropy_rows_kernel.inc.h"
+#include "row_kernels.inc.h"
 #include "sample_kernel.inc.h"
 #include "tile_kernels.inc.h"

@@ -188,8 +188,9 @@ void put_in_order(const at::Tensor& order, Tensors& given) {
   places.index_copy_(0, order, at::arange(vocab, order.options()));
   const at::Tensor known = given.ids.ge(0).logical_and_(given.ids.lt(vocab));
   given.ids = at::where(known, places.index({given.ids.clamp(0, vocab - 1)}), given.ids);
-  for (at::Tensor* x : {&given.class_weight, &given.bias}) {
-    *x = x->defined() ? x->index_select(0, order) : *x;
+  given.bias = given.bias.defined() ? given.bias.index_select(0, order) : given.bias;
+  if (given.class_weight.defined()) {
+    given.class_weight = paired_class_weights(given.class_weight.index_select(0, order));
   }
 }
 
@@ -203,7 +204,7 @@ int64_t linear_cross_entropy_bytes(
   const int64_t row = statistics + HeadTargets::row_bytes(support) + static_cast<int64_t>(sizeof(RowTerms));
   const int64_t thread = dense ? kTile * kMaxPanel * 4 : 0;
   return head_bytes(rows, columns, vocab, hidden, dtype, softcap || dense, cast, dense ? 4 : 0) + rows * row +
-      tiles * 16 + vocab / 8 + at::get_num_threads() * thread;
+      tiles * 16 + vocab / 8 + counted_threads() * thread;
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_cross_entropy(
@@ -232,7 +233,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     const std::optional<at::Tensor>& vocab_order,
     int64_t held_bytes) {
   Tensors given = {
-      ids, value_or_undefined(probs), contiguous_or_undefined(class_weight), contiguous_or_undefined(row_scale),
+      ids, value_or_undefined(probs), paired_class_weights(class_weight), contiguous_or_undefined(row_scale),
       value_or_undefined(bias)};
   const at::Tensor bias_given = given.bias, tokens = contiguous_or_undefined(index);
   given.bias = bias_given.defined() ? bias_given.to(at::kFloat).contiguous() : bias_given;

@@ -510,7 +510,7 @@ int64_t linear_distill_bytes(
       static_cast<int64_t>(sizeof(SupportTerms)) + 8;
   const int64_t thread = dense ? (3 * kTile + 2 * tiles) * kMaxPanel * 4 : 0;
   return head_bytes(rows, columns, vocab, hidden, dtype, true, cast, dense ? 4 : 0) + rows * row + tiles * 32 +
-      vocab / 8 + at::get_num_threads() * thread + teacher_bytes(rows, teacher_hidden);
+      vocab / 8 + counted_threads() * thread + teacher_bytes(rows, teacher_hidden);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_distill(
@@ -546,7 +546,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     double label_smoothing,
     double z_loss) {
   const at::Tensor bias_given = value_or_undefined(bias), tokens = contiguous_or_undefined(index);
-  const at::Tensor weights = contiguous_or_undefined(class_weight);
+  const at::Tensor weights = paired_class_weights(class_weight);
   const int64_t vocab = weight.size(0);
   Given given = {
       bias_given.defined() ? bias_given.to(at::kFloat).contiguous() : bias_given,

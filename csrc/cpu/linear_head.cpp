@@ -427,7 +427,7 @@ HeadGradients run_head(const HeadCall& call, RowPass& pass, GradFilter* filter) 
 int64_t head_bytes(
     int64_t rows, int64_t columns, int64_t vocab, int64_t hidden, at::ScalarType dtype, bool values, bool cast, int64_t more_kept) {
   const Words words = words_of(dtype, values);
-  const int64_t panel = words.kernels->panel, threads = at::get_num_threads();
+  const int64_t panel = words.kernels->panel, threads = counted_threads();
   rows = divide_up(rows, panel) * panel;
   columns = columns < vocab ? columns / kTile * kTile : vocab;
   const int64_t width = divide_up(hidden, panel) * panel;

@@ -175,7 +175,7 @@ int64_t linear_logprob_bytes(
     int64_t rows, int64_t columns, int64_t vocab, int64_t hidden, at::ScalarType dtype, bool cast) {
   const int64_t tiles = divide_up(vocab, kTile), row = (tiles + 1) * 4 * 4 + 3 * 4 + 5 * 8 + HeadTargets::row_bytes(1);
   return head_bytes(rows, columns, vocab, hidden, dtype, true, cast) + rows * row + tiles * 16 +
-      at::get_num_threads() * tiles * kMaxPanel * 4;
+      counted_threads() * tiles * kMaxPanel * 4;
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_logprob(

@@ -105,7 +105,7 @@ void Teacher::values(const Block& block, float* v, float* max, const char* scrat
 }
 
 int64_t teacher_bytes(int64_t rows, int64_t hidden) {
-  return hidden == 0 ? 0 : rows * (hidden + 1) * 4 * 2 + at::get_num_threads() * kTile * (hidden + 1) * 4;
+  return hidden == 0 ? 0 : rows * (hidden + 1) * 4 * 2 + counted_threads() * kTile * (hidden + 1) * 4;
 }
 
 }  // namespace ssd_core::cpu

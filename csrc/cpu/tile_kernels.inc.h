@@ -273,10 +273,10 @@ void spread(const float* v, int64_t rows, const float* max, const float* class_w
 
 // -- a student beside a teacher
 
-struct PairAt {  // a vector of lanes
+struct TilePairAt {  // a vector of lanes
   Vec student_max, teacher_max, student_log_sum, teacher_log_sum;
 
-  PairAt(const TilePair& pair, int lane)
+  TilePairAt(const TilePair& pair, int lane)
       : student_max(finite(load(pair.student_max + lane))), teacher_max(finite(load(pair.teacher_max + lane))),
         student_log_sum(pair.student_log_sum ? load(pair.student_log_sum + lane) : Vec{}),
         teacher_log_sum(pair.teacher_log_sum ? load(pair.teacher_log_sum + lane) : Vec{}) {}
@@ -287,7 +287,7 @@ struct PairAt {  // a vector of lanes
 template <Divergence kKind, class Function>
 SSD_CORE_INLINE void each_pair(
     const float* student, const float* teacher, int64_t rows, const TilePair& pair, int lane, const Function& function) {
-  const PairAt at(pair, lane);
+  const TilePairAt at(pair, lane);
   const float beta = pair.beta, rest = 1.0f - beta;
   for (int64_t j = 0; j < rows; ++j) {
     const Vec log_q = pair.student_slope * (load(student + j * kPanel + lane) - at.student_max) - at.student_log_sum;
@@ -298,7 +298,7 @@ SSD_CORE_INLINE void each_pair(
 }
 
 template <Divergence kKind>
-void pair_sums_of(
+void tile_pair_sums_of(
     const float* student, const float* teacher, int64_t rows, const TilePair& pair, float* value, float* own) {
   for (int lane = 0; lane < kPanel; lane += kLanes) {
     Vec values{}, pulls{};
@@ -311,16 +311,16 @@ void pair_sums_of(
   }
 }
 
-void pair_sums(
+void tile_pair_sums(
     const float* student, const float* teacher, int64_t rows, const TilePair& pair, float* value, float* own) {
-  const auto run = pair.kind == Divergence::kForwardKl ? pair_sums_of<Divergence::kForwardKl>
-      : pair.kind == Divergence::kReverseKl            ? pair_sums_of<Divergence::kReverseKl>
-                                                       : pair_sums_of<Divergence::kJsd>;
+  const auto run = pair.kind == Divergence::kForwardKl ? tile_pair_sums_of<Divergence::kForwardKl>
+      : pair.kind == Divergence::kReverseKl            ? tile_pair_sums_of<Divergence::kReverseKl>
+                                                       : tile_pair_sums_of<Divergence::kJsd>;
   run(student, teacher, rows, pair, value, own);
 }
 
 template <Divergence kKind>
-void pair_slopes_of(
+void tile_pair_slopes_of(
     const float* student, const float* teacher, int64_t rows, const TilePair& pair, const float* own,
     const float* scale, float* out) {
   for (int lane = 0; lane < kPanel; lane += kLanes) {
@@ -331,12 +331,12 @@ void pair_slopes_of(
   }
 }
 
-void pair_slopes(
+void tile_pair_slopes(
     const float* student, const float* teacher, int64_t rows, const TilePair& pair, const float* own,
     const float* scale, float* out) {
-  const auto run = pair.kind == Divergence::kForwardKl ? pair_slopes_of<Divergence::kForwardKl>
-      : pair.kind == Divergence::kReverseKl            ? pair_slopes_of<Divergence::kReverseKl>
-                                                       : pair_slopes_of<Divergence::kJsd>;
+  const auto run = pair.kind == Divergence::kForwardKl ? tile_pair_slopes_of<Divergence::kForwardKl>
+      : pair.kind == Divergence::kReverseKl            ? tile_pair_slopes_of<Divergence::kReverseKl>
+                                                       : tile_pair_slopes_of<Divergence::kJsd>;
   run(student, teacher, rows, pair, own, scale, out);
 }
 
@@ -435,7 +435,7 @@ void masked_sums(
 template <class Words, class Rows>
 constexpr TileKernels tiles() {
   return {kPanel,  gemm<Words>, transposed_words<Words>, values,           exponentials<Rows>,
-          moments, spread,      pair_sums, pair_slopes, gradient<Rows>,          masked_sums<Rows>};
+          moments, spread, tile_pair_sums, tile_pair_slopes, gradient<Rows>,          masked_sums<Rows>};
 }
 
 }  // namespace

@@ -14,12 +14,30 @@ struct bfloat16 {
   uint16_t bits;
 };
 
+struct float16 {
+  uint16_t bits;
+};
+
 SSD_CORE_INLINE float to_float(float x) {
   return x;
 }
 
+SSD_CORE_INLINE float to_float(double x) {
+  return static_cast<float>(x);
+}
+
 SSD_CORE_INLINE float to_float(bfloat16 x) {
   return __builtin_bit_cast(float, static_cast<uint32_t>(x.bits) << 16);
+}
+
+// The exponent is counted from another start, and the largest one is kept for inf and NaN. Subnormal numbers become
+// normal ones, by a sum in their own unit: that holds also where the processor takes subnormal float32 for 0.
+SSD_CORE_INLINE float to_float(float16 x) {
+  const uint32_t sign = (x.bits & 0x8000u) << 16, magnitude = (x.bits & 0x7fffu) << 13;
+  const uint32_t special = magnitude >= 0x0f800000u ? 112u << 23 : 0u;
+  const float normal = float_of(magnitude + (112u << 23) + special);
+  const float small = float_of(magnitude + (113u << 23)) - 0x1p-14f;
+  return float_of(bits_of(magnitude < 0x00800000u ? small : normal) | sign);
 }
 
 SSD_CORE_INLINE void store(float* p, float x) {
@@ -33,37 +51,60 @@ SSD_CORE_INLINE void store(bfloat16* p, float x) {
   p->bits = static_cast<uint16_t>(x != x ? 0x7fc0u : rounded);
 }
 
+// To nearest even, subnormal numbers by a sum in their own unit; from 65520 on to infinity.
+SSD_CORE_INLINE void store(float16* p, float x) {
+  const uint32_t sign = bits_of(x) & 0x80000000u, magnitude = bits_of(x) ^ sign;
+  const uint32_t normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  const uint32_t small = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
+  const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+  const uint32_t half = magnitude >= 0x47800000u ? special : magnitude < 0x38800000u ? small : normal;
+  p->bits = static_cast<uint16_t>(half | sign >> 16);
+}
+
 // e^x = 2^n e^r with n = round(x log2(e)), |r| <= log(2)/2, split so that callers can subtract the 1 exactly.
 template <class F>
 struct ExpParts {
   F scale;  // 2^n
+  F n;
   F expm1;  // e^r - 1
 };
 
-// For -126 log(2) <= x <= 0. NaN gives NaN in expm1.
+constexpr float kLog2E = 1.44269504088896341f;
+
+// Adding it rounds to an integer and leaves in the low bits of the sum that integer plus 127, the exponent's bits of 2^n.
+constexpr float kRound = 12582912.0f + 127.0f;  // 1.5 * 2^23 + 127
+
+// log(2) in two parts (Cody and Waite); the first has 9 significant bits, so n times it is exact.
+constexpr float kLog2High = 0.693359375f, kLog2Low = -2.12194440054690583e-4f;
+
+// From x log2(e) + kRound and x - n kLog2High, for -126 log(2) <= x <= 0. NaN gives NaN in expm1.
 template <class F>
-SSD_CORE_INLINE ExpParts<F> exp_parts(F x) {
-  // Adding 1.5 * 2^23 rounds to an integer, and leaves that integer in the low bits of the sum.
-  constexpr float kRound = 12582912.0f;
-  const F shifted = x * 1.44269504088896341f + kRound;
+SSD_CORE_INLINE ExpParts<F> exp_parts(F shifted, F r) {
   const F n = shifted - kRound;
-  // log(2) in two parts (Cody and Waite); the first has 9 significant bits, so n times it is exact.
-  F r = x - n * 0.693359375f;
-  r = r - n * -2.12194440054690583e-4f;
+  r = r - n * kLog2Low;
   // e^r = 1 + r + r^2 Q(r), Q a minimax polynomial (Remez on the relative error of e^r: 3.1e-9).
   F q = 1.3814467238262296e-3f * r + 8.368780836462975e-3f;
   q = q * r + 4.166839271783829e-2f;
   q = q * r + 1.666651964187622e-1f;
   q = q * r + 4.999999403953552e-1f;
-  return {float_of((bits_of(shifted) << 23) + 0x3f800000u), q * (r * r) + r};
+  return {float_of(bits_of(shifted) << 23), n, q * (r * r) + r};
 }
 
-// e^x for x <= 0, within 1.1 ulp (all float32 tried); 0 below -87.33, where results turn subnormal. NaN propagates.
+template <class F>
+SSD_CORE_INLINE ExpParts<F> exp_parts(F x) {
+  const F shifted = x * kLog2E + kRound;
+  return exp_parts(shifted, x - (shifted - kRound) * kLog2High);
+}
+
+template <class F>
+SSD_CORE_INLINE F exp_of(const ExpParts<F>& e) {
+  return pick(e.n < -125.5f, F{}, e.scale * e.expm1 + e.scale);
+}
+
+// e^x for x <= 0, within 1.1 ulp (all float32 tried); 0 below -86.99, before results turn subnormal. NaN propagates.
 template <class F>
 SSD_CORE_INLINE F exp_nonpositive(F x) {
-  const ExpParts<F> e = exp_parts(x);
-  const F y = e.scale * (1.0f + e.expm1);
-  return pick(x < -87.33f, F{}, y);
+  return exp_of(exp_parts(x));
 }
 
 // e^x - 1 for x <= 0, within 1 ulp (all float32 tried). NaN propagates, -inf gives -1.
@@ -90,8 +131,7 @@ SSD_CORE_INLINE F log1p_nonpositive(F x) {
   p = p * s + -2.500081956386566e-1f;
   p = p * s + 3.333333134651184e-1f;
   const F square = s * s;
-  // log(2) in two parts, as in exp_parts
-  const F y = k * 0.693359375f + (s + (square * (p * s - 0.5f) + k * -2.12194440054690583e-4f));
+  const F y = k * kLog2High + (s + (square * (p * s - 0.5f) + k * kLog2Low));
   return pick(x == -1.0f, F{} - __builtin_inff(), y);
 }
 

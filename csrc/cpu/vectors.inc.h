@@ -26,6 +26,14 @@ SSD_CORE_INLINE void keep(void* p, T x) {
   __builtin_memcpy(p, &x, sizeof x);
 }
 
+// One or many, by their type.
+template <class F>
+SSD_CORE_INLINE F at(const float* p) {
+  F x;
+  __builtin_memcpy(&x, p, sizeof x);
+  return x;
+}
+
 SSD_CORE_INLINE Vec all_lanes(float x) {
   return x - Vec{};  // a broadcast: x - 0
 }

@@ -107,7 +107,7 @@ def distill(
     flat = logits.reshape(-1, logits.shape[-1])
     dense = teacher.logits.reshape(-1, teacher.logits.shape[-1]) if isinstance(teacher, TeacherLogits) else None
     numbers = [float(logit_scale), float(softcap or 0), float(temperature), float(beta), float(ce_weight),
-               float(label_smoothing), float(z_loss)]
+               float(label_smoothing if ce_weight else 0), float(z_loss)]
     with_ce = labels is not None or z_loss > 0 or return_stats
     _, loss, value, nll, lse, _ = _distill(
         flat, ids, probs, dense, labels, valid, class_weight, label_weight, None, tokens.needs(flat), numbers,

@@ -210,7 +210,7 @@ def linear_distill(
             None if hidden.linear_bias is None else hidden.linear_bias.detach())))
     numbers = Options(
         float(logit_scale), float(softcap or 0), float(temperature), float(beta), float(ce_weight),
-        float(label_smoothing), float(z_loss), 1.0 if hidden is None else float(hidden.logit_scale),
+        float(label_smoothing if ce_weight else 0), float(z_loss), 1.0 if hidden is None else float(hidden.logit_scale),
         0.0 if hidden is None else float(hidden.softcap or 0))
     with_ce = labels is not None or z_loss > 0 or return_stats
     constants = (tokens.needs(*head), dtype, list(numbers), divergence, tail, temperature_squared, with_ce,
