@@ -20,8 +20,8 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def check_floats(input: torch.Tensor, name: str = "input", last: str = "D") -> None:
     checks.expect_type(input, name, torch.Tensor, "a tensor")
-    floats = input.is_floating_point() and input.ndim > 0
-    checks.expect(floats, name, f"floating point (..., {last})", input)
+    floats = input.is_floating_point() and input.ndim > 0 and input.shape[-1] > 0
+    checks.expect(floats, name, f"floating point (..., {last}) with {last} > 0", input)
 
 
 def check_head(input, linear_weight, linear_bias) -> None:
@@ -122,6 +122,8 @@ def shifted(tensor, axis: int = -1):
     if tensor is None:
         return None
     checks.expect(tensor.ndim >= -axis, "target", "a time axis to shift along", tuple(tensor.shape))
+    if tensor.shape[axis] == 0:
+        return tensor
     later, last = tensor.narrow(axis, 1, tensor.shape[axis] - 1), tensor.narrow(axis, 0, 1)
     return torch.cat((later, torch.zeros_like(last)), axis)
 
