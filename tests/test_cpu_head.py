@@ -1,5 +1,5 @@
 """linear_distill, linear_logprob and class probabilities of backend "cpu" against the float64 definition, at every edge
-of their panels, tiles, chunks and spans. What all backends share is tested in tests/ops; cross-entropy in test_cpu.py."""
+of their panels, tiles, chunks and spans. What all backends share is in tests/ops; cross-entropy in test_cpu.py."""
 
 import itertools
 
