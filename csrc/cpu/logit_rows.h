@@ -27,8 +27,8 @@ at::Tensor softmax_rows_backward(const at::Tensor& grad, const at::Tensor& out, 
 //          lse_off over the ids outside the support (p_tail = 0 if there are none)
 //   loss = c_y (1 - label_smoothing) nll + label_smoothing / V sum_j c_j (lse - z_j) + z_loss lse^2
 //
-// With class probabilities y, in place of ids: nll = sum_j y_j (lse - z_j), loss = sum_j w_j (lse - z_j) + z_loss lse^2,
-// w_j = c_j ((1 - label_smoothing) y_j + label_smoothing / V), where a weight of 0 makes a term 0.
+// With class probabilities y, in place of ids: nll = sum_j y_j (lse - z_j), loss = sum_j w_j (lse - z_j) + z_loss lse^2
+// with w_j = c_j ((1 - label_smoothing) y_j + label_smoothing / V), where a weight of 0 makes a term 0.
 //
 // Entries of probability 0 are skipped, whatever their id; ids may repeat. A NaN or +inf logit makes its row NaN
 // (softcap bounds the inf), -inf has probability 0. If p_tail > 0 and all logits off the support are -inf, nll is NaN.

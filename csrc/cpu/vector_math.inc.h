@@ -1,5 +1,5 @@
-// exp, expm1, log1p, tanh and bfloat16 conversions, of a float in loops that the compiler vectorises and of a Vec: branch-free, no
-// calls, float32 throughout.
+// exp, expm1, log1p, tanh and conversions of 16 bits, of a float in loops that the compiler vectorises and of a Vec:
+// branch-free, no calls, float32 throughout.
 //
 // Included inside a per-ISA, anonymous namespace by the kernel units, after their target pragma. Neither this file nor
 // its includer may include a standard header with inline functions: the AVX-512 unit's copy of such a function could be
@@ -61,6 +61,14 @@ SSD_CORE_INLINE void store(float16* p, float x) {
   p->bits = static_cast<uint16_t>(half | sign >> 16);
 }
 
+constexpr float kLog2E = 1.44269504088896341f;
+
+// log(2) in two parts (Cody and Waite); the first has 9 significant bits, so n times it is exact.
+constexpr float kLog2High = 0.693359375f, kLog2Low = -2.12194440054690583e-4f;
+
+// Adding it rounds to an integer, and leaves in the low bits of the sum that integer plus 127: the exponent of 2^n.
+constexpr float kRound = 12582912.0f + 127.0f;  // 1.5 * 2^23 + 127
+
 // e^x = 2^n e^r with n = round(x log2(e)), |r| <= log(2)/2, split so that callers can subtract the 1 exactly.
 template <class F>
 struct ExpParts {
@@ -69,18 +77,12 @@ struct ExpParts {
   F expm1;  // e^r - 1
 };
 
-constexpr float kLog2E = 1.44269504088896341f;
-
-// Adding it rounds to an integer and leaves in the low bits of the sum that integer plus 127, the exponent's bits of 2^n.
-constexpr float kRound = 12582912.0f + 127.0f;  // 1.5 * 2^23 + 127
-
-// log(2) in two parts (Cody and Waite); the first has 9 significant bits, so n times it is exact.
-constexpr float kLog2High = 0.693359375f, kLog2Low = -2.12194440054690583e-4f;
-
-// From x log2(e) + kRound and x - n kLog2High, for -126 log(2) <= x <= 0. NaN gives NaN in expm1.
+// For -126 log(2) <= x <= 0. NaN gives NaN in expm1.
 template <class F>
-SSD_CORE_INLINE ExpParts<F> exp_parts(F shifted, F r) {
+SSD_CORE_INLINE ExpParts<F> exp_parts(F x) {
+  const F shifted = x * kLog2E + kRound;
   const F n = shifted - kRound;
+  F r = x - n * kLog2High;
   r = r - n * kLog2Low;
   // e^r = 1 + r + r^2 Q(r), Q a minimax polynomial (Remez on the relative error of e^r: 3.1e-9).
   F q = 1.3814467238262296e-3f * r + 8.368780836462975e-3f;
@@ -90,21 +92,11 @@ SSD_CORE_INLINE ExpParts<F> exp_parts(F shifted, F r) {
   return {float_of(bits_of(shifted) << 23), n, q * (r * r) + r};
 }
 
-template <class F>
-SSD_CORE_INLINE ExpParts<F> exp_parts(F x) {
-  const F shifted = x * kLog2E + kRound;
-  return exp_parts(shifted, x - (shifted - kRound) * kLog2High);
-}
-
-template <class F>
-SSD_CORE_INLINE F exp_of(const ExpParts<F>& e) {
-  return pick(e.n < -125.5f, F{}, e.scale * e.expm1 + e.scale);
-}
-
 // e^x for x <= 0, within 1.1 ulp (all float32 tried); 0 below -86.99, before results turn subnormal. NaN propagates.
 template <class F>
 SSD_CORE_INLINE F exp_nonpositive(F x) {
-  return exp_of(exp_parts(x));
+  const ExpParts<F> e = exp_parts(x);
+  return pick(e.n < -125.5f, F{}, e.scale * e.expm1 + e.scale);
 }
 
 // e^x - 1 for x <= 0, within 1 ulp (all float32 tried). NaN propagates, -inf gives -1.
