@@ -38,6 +38,9 @@ FOUND = [
     # a bucket that the student has no mass for: the loss is infinite, lse is not
     ("cross_entropy", {"seed": 0, "dtype": "float32", "n": 3, "v": 3, "spread": 1.0, "extremes": "-inf", "k": 5,
                        "reduction": "mean", "tail": "bucket"}),
+    # a student's mass that float32 does not hold, where the teacher has none: infinite
+    ("distill", {"seed": 0, "dtype": "float32", "n": 3, "v": 7, "spread": 5.0, "temperature": 0.1, "reduction": "mean",
+                 "teacher": "logits", "divergence": "reverse_kl", "more": -1}),
 ]
 
 # Edges: nothing, one, primes, a panel of 64 tokens, a tile of 252 ids and two, the definition's filter tile of 256.
