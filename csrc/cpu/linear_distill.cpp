@@ -483,10 +483,10 @@ class DenseDistillPass : public DistillPass {
       };
       const double student = rise(max, lanes(p, kMax)[lane], given_.options.slope);
       const double teacher = rise(teacher_max, lanes(p, kTeacherMax)[lane], teacher_.slope());
-      if (part == 0) {  // no mass of a
+      const double exponent = forward ? teacher : student, shift = std::exp(exponent);
+      if (part == 0 || shift == 0) {  // no mass of a
         continue;
       }
-      const double shift = std::exp(forward ? teacher : student);
       sum += shift * (value + part * (forward ? teacher - student : student - teacher));
     }
     return sum / (forward ? teacher_sum : found_[p].sum[lane]) + (forward ? log_ratio : -log_ratio);

@@ -284,16 +284,16 @@ struct TilePairAt {  // a vector of lanes
   static SSD_CORE_INLINE Vec finite(Vec max) { return pick(max == all_lanes(-__builtin_inff()), Vec{}, max); }
 };
 
-template <Divergence kKind, class Function>
+template <class Function>
 SSD_CORE_INLINE void each_pair(
-    const float* student, const float* teacher, int64_t rows, const TilePair& pair, int lane, const Function& function) {
+    const float* student, const float* teacher, int64_t rows, const TilePair& pair, int lane,
+    const Function& function) {
   const TilePairAt at(pair, lane);
-  const float beta = pair.beta, rest = 1.0f - beta;
   for (int64_t j = 0; j < rows; ++j) {
     const Vec log_q = pair.student_slope * (load(student + j * kPanel + lane) - at.student_max) - at.student_log_sum;
     const Vec log_p = pair.teacher_slope * (load(teacher + j * kPanel + lane) - at.teacher_max) - at.teacher_log_sum;
     const Vec q = exp_nonpositive(log_q), p = exp_nonpositive(log_p);
-    function(j, q, divergence_term<kKind>(p, q, log_p - log_q, beta, rest));
+    function(j, p, q, log_p, log_q);
   }
 }
 
@@ -302,7 +302,12 @@ void tile_pair_sums_of(
     const float* student, const float* teacher, int64_t rows, const TilePair& pair, float* value, float* own) {
   for (int lane = 0; lane < kPanel; lane += kLanes) {
     Vec values{}, pulls{};
-    each_pair<kKind>(student, teacher, rows, pair, lane, [&](int64_t, Vec, DivergenceTerm<Vec> term) {
+    each_pair(student, teacher, rows, pair, lane, [&](int64_t, Vec p, Vec q, Vec log_p, Vec log_q) {
+      if constexpr (kKind != Divergence::kJsd) {
+        p = some_mass(p, log_p);
+        q = some_mass(q, log_q);
+      }
+      const auto term = divergence_term<kKind>(p, q, log_p - log_q, pair.beta, 1.0f - pair.beta);
       values += term.value;
       pulls += term.pull;
     });
@@ -325,7 +330,8 @@ void tile_pair_slopes_of(
     const float* scale, float* out) {
   for (int lane = 0; lane < kPanel; lane += kLanes) {
     const Vec own_sum = load(own + lane), factor = load(scale + lane);
-    each_pair<kKind>(student, teacher, rows, pair, lane, [&](int64_t j, Vec q, DivergenceTerm<Vec> term) {
+    each_pair(student, teacher, rows, pair, lane, [&](int64_t j, Vec p, Vec q, Vec log_p, Vec log_q) {
+      const auto term = divergence_term<kKind>(p, q, log_p - log_q, pair.beta, 1.0f - pair.beta);
       keep(out + j * kPanel + lane, factor * (term.pull - q * own_sum));
     });
   }
