@@ -9,7 +9,7 @@
 namespace ssd_core::cpu {
 
 // Cross-entropy of a linear head in chunks of `rows` tokens and, if `columns` < V, of the vocabulary; the formulas are
-// those of cross_entropy_rows.h, u = input weight^T.
+// those of logit_rows.h, u = input weight^T.
 //
 // -> loss, nll, lse (M,) float32 and, with row_scale, the gradients of sum_i row_scale_i loss_i that `needs` asks for
 // (input, weight, bias; undefined otherwise), those of weight and bias in float32 if keep_float32.

@@ -1,5 +1,5 @@
 // The seam between the fused losses of a head and their kernels, which are compiled once per instruction set. Plain
-// data and declarations only, like cross_entropy_rows_kernel.h.
+// data and declarations only, like row_kernels.h.
 //
 // Operands are made of 32-bit words: a float32, or two bfloat16 that are neighbours along the summed dimension. Tokens
 // stand side by side in the lanes of a *panel*, vocabulary ids below each other. So a reduction over the vocabulary is
