@@ -1,5 +1,5 @@
 // The seam between sampling and its kernels, which are compiled once per instruction set. Plain data and declarations
-// only, like cross_entropy_rows_kernel.h.
+// only, like row_kernels.h.
 #pragma once
 
 #include <cstdint>
