@@ -10,8 +10,8 @@ SSD_CORE_INLINE F expected(F p, F x) {
   return pick(p == F{}, F{}, p * x);
 }
 
-// A mass that underflows still is one: infinite, where the other side has none. What it adds elsewhere is below 1e-37 of
-// a logit. `exponent` is that of the mass; -700 is where float64 underflows.
+// A mass that underflows still is one: infinite, where the other side has none. What it adds elsewhere is below 1e-37
+// of a logit. `exponent` is that of the mass; -700 is where float64 underflows.
 template <class F>
 SSD_CORE_INLINE F some_mass(F mass, F exponent) {
   return mass + pick(exponent > F{} - 700.0f, F{} + 1.2e-38f, F{});

@@ -17,8 +17,8 @@ constexpr int64_t kBlock = 512;  // tokens of one product of d_weight
 
 // c (m, width) += a (m, k) b (k, width) in float32; strides of a in elements.
 void add_product(
-    const Words& words, const float* a, int64_t a_row, int64_t a_col, const float* b, float* c, int64_t width, int64_t m,
-    int64_t k) {
+    const Words& words, const float* a, int64_t a_row, int64_t a_col, const float* b, float* c, int64_t width,
+    int64_t m, int64_t k) {
   for (int64_t q = 0; q < width; q += words.floats->panel) {
     words.floats->gemm(a, a_row * 4, a_col * 4, b + q, width * 4, c + q, width, m, k, true);
   }

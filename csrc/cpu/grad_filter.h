@@ -1,5 +1,5 @@
-// Certified gradient filtering; the definition is ssd_core/reference/grad_filter.py. Per token the lightest tiles of the
-// vocabulary are skipped while their softmax mass stays within a bound; their part G of the gradient is replaced by
+// Certified gradient filtering; the definition is ssd_core/reference/grad_filter.py. Per token the lightest tiles of
+// the vocabulary are skipped while their softmax mass stays within a bound; their part G of the gradient is replaced by
 // M_it c_j with M_it = sum_j G_ij over tile t and c_j = sum_i G_ij / sum_i M_it.
 //
 // The gradient itself is made as always. What is active of it is copied together, by tile and token, and waits: one

@@ -425,7 +425,8 @@ HeadGradients run_head(const HeadCall& call, RowPass& pass, GradFilter* filter) 
 
 // What Head::allocate and its methods hold, if all gradients are asked for and rows are gathered.
 int64_t head_bytes(
-    int64_t rows, int64_t columns, int64_t vocab, int64_t hidden, at::ScalarType dtype, bool values, bool cast, int64_t more_kept) {
+    int64_t rows, int64_t columns, int64_t vocab, int64_t hidden, at::ScalarType dtype, bool values, bool cast,
+    int64_t more_kept) {
   const Words words = words_of(dtype, values);
   const int64_t panel = words.kernels->panel, threads = counted_threads();
   rows = divide_up(rows, panel) * panel;

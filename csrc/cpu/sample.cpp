@@ -307,7 +307,7 @@ class RowSampler {
     }
   }
 
-  // The token of the highest score, and kept_. The noise of all that is kept is drawn, but only what can still win needs
+  // The token of the highest score, and kept_. Noise of all that is kept is drawn, but only what can still win needs
   // logarithms.
   uint64_t winner(std::span<const uint64_t> support, uint64_t seed, uint64_t position) {
     double best = -std::numeric_limits<double>::infinity();

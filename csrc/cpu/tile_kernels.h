@@ -39,8 +39,8 @@ struct TileGradient {
   const float* addend = nullptr;  // (rows, panel)
 };
 
-// A student's and a teacher's v, and which divergence. Of each lane: what exponents are relative to, log p = slope * (v -
-// max) - log_sum; null log_sum: 0, for terms of masses that are not normalised.
+// A student's and a teacher's v, and which divergence. Of each lane: what exponents are relative to, log p =
+// slope * (v - max) - log_sum; null log_sum: 0, for terms of masses that are not normalised.
 struct TilePair {
   Divergence kind;
   float beta;

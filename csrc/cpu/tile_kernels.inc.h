@@ -413,7 +413,8 @@ template <class Rows>
 void gradient(
     void* kept, int64_t rows, const float* class_weight, const TileGradient& terms, const TileOptions& options,
     void* by_row, int64_t by_row_stride) {
-  auto run = terms.uniform ? gradient_of<Rows, false, false, true, false> : gradient_of<Rows, false, false, false, false>;
+  auto run = terms.uniform ? gradient_of<Rows, false, false, true, false>
+                           : gradient_of<Rows, false, false, false, false>;
   if (options.keep_values) {
     run = options.softcap ? gradient_of_values<Rows, true>(terms) : gradient_of_values<Rows, false>(terms);
   }
