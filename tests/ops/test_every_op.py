@@ -555,8 +555,8 @@ def test_errors_of_shared_options_of_losses(op, change, message):
 @pytest.mark.parametrize("op", [op for op in OPS.values() if op.linear], ids=str)
 @pytest.mark.parametrize(("place", "wrong", "message"), [
     (0, torch.zeros(131, 31), r"linear_weight: expected \(V, 31\), got float32 \(601, 32\)"),
-    (0, torch.zeros(131, 32).long(), r"input: expected floating point \(..., D\), got int64 \(131, 32\)"),
-    (0, torch.tensor(1.0), r"input: expected floating point \(..., D\), got float32 \(\)"),
+    (0, torch.zeros(131, 32).long(), r"input: expected floating point \(..., D\) with D > 0, got int64 \(131, 32\)"),
+    (0, torch.tensor(1.0), r"input: expected floating point \(..., D\) with D > 0, got float32 \(\)"),
     (1, torch.zeros(601, 31), r"linear_weight: expected \(V, 32\), got float32 \(601, 31\)"),
     (1, torch.zeros(601, 32).double(), "linear_weight: expected torch.float32 like input, got torch.float64"),
     (2, torch.zeros(600), r"linear_bias: expected floating point \(601,\), got float32 \(600,\)"),
@@ -580,10 +580,10 @@ def test_errors_of_groups(op, change, error_type, message):
 
 
 @pytest.mark.parametrize("op", [op for op in OPS.values() if not op.linear], ids=str)
-@pytest.mark.parametrize("wrong", [torch.zeros(131, 601).long(), torch.tensor(1.0)])
+@pytest.mark.parametrize("wrong", [torch.zeros(131, 601).long(), torch.tensor(1.0), torch.zeros(131, 0)])
 def test_errors_of_logits(op, wrong):
     _, target = op.draw()(0)
-    with pytest.raises(ValueError, match=r"logits: expected floating point \(..., V\), got "):
+    with pytest.raises(ValueError, match=r"logits: expected floating point \(..., V\) with V > 0, got "):
         op.call(wrong, target)
     with pytest.raises(TypeError, match="logits: expected a tensor, got list"):
         op.call([1.0], target)
