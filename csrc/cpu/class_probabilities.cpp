@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <memory>
 #include <vector>
 
 namespace ssd_core::cpu {
@@ -107,27 +106,21 @@ void ClassProbabilityPass::finish() {
 void ClassProbabilityPass::finish_token(
     int64_t p, int64_t lane, const RowSums& found, double below, double mass, double plain, double all) {
   const int64_t place = chunk_.begin + p * grid_.panel + lane;
-  const double slope = options_.slope, log_sum = std::log(found.sum), row_lse = slope * found.max + log_sum;
   const double sharp = 1 - options_.label_smoothing, uniform = options_.label_smoothing / options_.vocab;
-  double value = sharp * (slope * below + mass * log_sum), common = sharp * mass;
-  if (options_.label_smoothing > 0) {
-    value += uniform * (options_.class_weight_sum * log_sum + slope * found.spread);
-    common += uniform * options_.class_weight_sum;
-  }
-  if (options_.z_loss != 0) {
-    value += options_.z_loss * row_lse * row_lse;
-    common += 2 * options_.z_loss * row_lse;
-  }
-  loss.mutable_data_ptr<float>()[place] = static_cast<float>(value);
-  nll.mutable_data_ptr<float>()[place] = static_cast<float>(slope * plain + all * log_sum);
-  lse.mutable_data_ptr<float>()[place] = static_cast<float>(row_lse);
-  if (row_scale_.defined()) {
-    const double scale = row_scale_.const_data_ptr<float>()[place] * options_.logit_scale / options_.temperature;
-    lanes(p, kMax)[lane] = found.max;
-    lanes(p, kFactor)[lane] = static_cast<float>(scale * common / found.sum);
-    lanes(p, kUniform)[lane] = static_cast<float>(scale * uniform);
-    lanes(p, kScale)[lane] = static_cast<float>(-scale * sharp);
-  }
+  Sums sums = {};  // with w_j = c_j (sharp y_j + uniform)
+  sums.row = {found.max, found.sum, sharp * below + uniform * found.spread};
+  sums.weight = sharp * mass + uniform * options_.class_weight_sum;
+  sums.plain_spread = plain;
+  sums.plain_weight = all;
+  const float scale = row_scale_.defined() ? row_scale_.const_data_ptr<float>()[place] : 0.0f;
+  const RowTerms terms = finish_dense_row(options_, sums, scale);
+  loss.mutable_data_ptr<float>()[place] = terms.loss;
+  nll.mutable_data_ptr<float>()[place] = terms.nll;
+  lse.mutable_data_ptr<float>()[place] = terms.lse;
+  lanes(p, kMax)[lane] = terms.gradient.max;
+  lanes(p, kFactor)[lane] = terms.gradient.mass;
+  lanes(p, kUniform)[lane] = static_cast<float>(terms.gradient.uniform * uniform);
+  lanes(p, kScale)[lane] = static_cast<float>(-terms.gradient.uniform * sharp);
 }
 
 void ClassProbabilityPass::gradient(const Block& block, void* kept, char* by_row, int64_t row_bytes) {

@@ -70,6 +70,22 @@ Measure measure_of(
   return {kind, beta, temperature, reported, (1 - ce_weight) * reported};
 }
 
+RowSums with_support(const RowSums& off, double slope, const RowTarget& target) {
+  RowSums whole = off;
+  const TargetEntry* end = target.entries + target.count;
+  for (const TargetEntry* entry = target.entries; entry != end; ++entry) {
+    whole.max = entry->value > whole.max ? entry->value : whole.max;
+  }
+  const auto mass = [&](float v) {
+    return v == -std::numeric_limits<float>::infinity() ? 0 : std::exp(slope * (static_cast<double>(v) - whole.max));
+  };
+  whole.sum = off.sum == 0 ? 0 : off.sum * mass(off.max);
+  for (const TargetEntry* entry = target.entries; entry != end; ++entry) {
+    whole.sum += mass(entry->value);
+  }
+  return whole;
+}
+
 SupportTerms support_terms(
     const Measure& measure, Tail tail, double slope, const RowSums& found, const RowTarget& target) {
   if (target.count == 0) {

@@ -29,6 +29,9 @@ struct Measure {
 Measure measure_of(
     const std::string& divergence, double beta, double temperature, bool temperature_squared, double ce_weight);
 
+// Max and sum of the whole row, from those off the support and the student's values on it, at one slope.
+RowSums with_support(const RowSums& off, double slope, const RowTarget& target);
+
 // A row's divergence from a sparse teacher on K + 1 buckets.
 struct SupportTerms {
   double value;

@@ -269,26 +269,10 @@ class SparseDistillPass : public DistillPass {
     }
     RowSums whole = {found.ce_max[lane], found.ce_sum[lane], found.spread[lane]};
     if (given_.with_ce && !given_.two_slopes()) {
-      whole = with_support(off, target);
+      whole = with_support(off, given_.options.slope, target);
       whole.spread = found.spread[lane];
     }
     finish_token(i, terms.value, whole, off.max);
-  }
-
-  RowSums with_support(const RowSums& off, const RowTarget& target) const {
-    const double slope = given_.options.slope;
-    RowSums whole = off;
-    for (int64_t k = 0; k < target.count; ++k) {
-      whole.max = std::max(whole.max, target.entries[k].value);
-    }
-    const auto mass = [&](float v) {
-      return v == -kInfinity ? 0 : std::exp(slope * (static_cast<double>(v) - whole.max));
-    };
-    whole.sum = off.sum == 0 ? 0 : off.sum * mass(off.max);
-    for (int64_t k = 0; k < target.count; ++k) {
-      whole.sum += mass(target.entries[k].value);
-    }
-    return whole;
   }
 
   double chain(double v) const { return given_.options.softcap > 0 ? 1 - v * v : 1; }

@@ -8,6 +8,7 @@
 
 #include "head_targets.h"
 #include "linear_head.h"
+#include "logprob_terms.h"
 
 namespace ssd_core::cpu {
 
@@ -92,14 +93,16 @@ class LogprobPass : public RowPass {
     terms.slope_term = slopes_ ? lanes + panel : nullptr;
     words_.kernels->gradient(kept, divide_up(block.rows, 2) * 2, nullptr, terms, tile_options_, by_row, row_bytes);
     targets_.each(block, panel, [&](const TargetEntry& entry, int64_t row, int64_t lane) {
-      const float g = target_slope(terms_[p * panel + lane], entry.value);
+      const Terms& terms = terms_[p * panel + lane];
+      const float g = logprob_slope(options_, terms.row, entry.value, terms.on_logprob, terms.on_entropy);
       store_gradient(words_, static_cast<char*>(kept), by_row, row_bytes, row, lane, g);
     });
   }
 
  private:
   struct Terms {
-    double max, log_sum, entropy, on_logprob, on_entropy;  // the latter with dz/du, but for the softcap
+    LogprobTerms row;
+    double on_logprob, on_entropy;  // with dz/du, but for the softcap
   };
 
   void finish_token(int64_t p, int64_t lane, const float* tile_max, float max, double sum) {
@@ -118,13 +121,9 @@ class LogprobPass : public RowPass {
           below += shift * (below_.of(p, t)[lane] + rise * part);
         }
       }
-      terms.max = max;
-      terms.log_sum = std::log(sum);
-      terms.entropy = terms.log_sum - below / sum;
-      const double logprob = options_.slope * (targets_.rows[i].entries->value - terms.max) - terms.log_sum;
+      terms.row = logprob_terms(options_.slope, max, sum, below, targets_.rows[i].entries->value);
       const double found[] = {
-          logprob, terms.entropy, options_.slope * terms.max + terms.log_sum,
-          static_cast<double>(std::max<int64_t>(argmax, 0))};
+          terms.row.logprob, terms.row.entropy, terms.row.lse, static_cast<double>(std::max<int64_t>(argmax, 0))};
       for (int k = 0; k < 4; ++k) {
         results_.mutable_data_ptr<float>()[k * results_.size(1) + place] = static_cast<float>(found[k]);
       }
@@ -139,17 +138,10 @@ class LogprobPass : public RowPass {
       float* lanes = lanes_.data() + 3 * p * panel;
       const double mass = i < chunk_.n ? 1 / sum : 0;
       lanes[lane] =
-          static_cast<float>(-mass * (terms.on_logprob + terms.on_entropy * (terms.entropy - terms.log_sum)));
+          static_cast<float>(-mass * (terms.on_logprob + terms.on_entropy * (terms.row.entropy - terms.row.log_sum)));
       lanes[panel + lane] = static_cast<float>(-mass * terms.on_entropy);
-      lanes[2 * panel + lane] = static_cast<float>(terms.max);
+      lanes[2 * panel + lane] = static_cast<float>(terms.row.max);
     }
-  }
-
-  float target_slope(const Terms& terms, double v) const {
-    const double log_q = options_.slope * (v - terms.max) - terms.log_sum, q = std::exp(log_q);
-    const double chain = options_.softcap > 0 ? 1 - v * v : 1;
-    const double on_entropy = q == 0 ? 0 : terms.on_entropy * (log_q + terms.entropy);
-    return static_cast<float>(chain * (terms.on_logprob - q * (terms.on_logprob + on_entropy)));
   }
 
   const at::Tensor& ids_;
