@@ -23,7 +23,8 @@ pytestmark = [
 # vptr looks into classes of torch, whose type information is hidden.
 FLAGS = "-O2 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all"
 COMPILERS = {   # what else each needs, and the libraries that must be loaded first
-    "g++": ("", ("libasan.so", "libubsan.so")),
+    # GCC 12 crashes in that pass on instrumented vectors.
+    "g++": ("-fno-tree-slp-vectorize", ("libasan.so", "libubsan.so")),
     # Clang's OpenMP has another runtime than torch's: its extension is serial.
     "clang++": ("-shared-libasan -fno-sanitize=function -fno-openmp -fopenmp-simd",
                 (f"libclang_rt.asan-{platform.machine()}.so",)),
