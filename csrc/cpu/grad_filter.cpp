@@ -102,24 +102,27 @@ void GradFilter::select(Share& share) {
   std::vector<int64_t> stayed(n);
   at::parallel_for(0, n, 16, [&](int64_t begin, int64_t end) {
     std::vector<float> mass(tiles);
-    std::vector<std::pair<float, int32_t>> light;
+    std::vector<uint64_t> light;  // bits of the mass, which is not negative, and the tile
     for (int64_t i = begin; i < end; ++i) {
       tokens_.masses(i, mass.data());
       light.clear();
       for (int64_t t = 0; t < tiles; ++t) {
         share.skips[t * stride + i] = 0;
         if (mass[t] <= share.delta) {
-          light.emplace_back(mass[t], static_cast<int32_t>(t));
+          uint32_t bits;
+          std::memcpy(&bits, &mass[t], sizeof bits);
+          light.push_back(static_cast<uint64_t>(bits) << 32 | static_cast<uint64_t>(t));
         }
       }
       std::sort(light.begin(), light.end());
       double total = 0;
       stayed[i] = tiles;
-      for (const auto& [m, t] : light) {
-        if (total + m > share.delta) {
+      for (const uint64_t key : light) {
+        const auto t = static_cast<int64_t>(key & 0xffffffff);
+        if (total + mass[t] > share.delta) {
           break;
         }
-        total += m;
+        total += mass[t];
         share.skips[t * stride + i] = 1;
         --stayed[i];
       }
@@ -275,17 +278,15 @@ void GradFilter::flush(const at::Tensor& d_weight, bool last) {
   if (!last && wants_weight_ && d_weight.scalar_type() != at::kFloat && !d_weight_sum_.defined()) {
     d_weight_sum_ = empty(d_weight.sizes(), at::TensorOptions(at::kFloat));
   }
-  const int64_t tiles = divide_up(grid_.vocab, kTile), step = 2 * at::get_num_threads();
+  const int64_t tiles = divide_up(grid_.vocab, kTile), step = 2 * counted_threads();
   const int64_t slice = words_.words(kTile) * slice_stride(width_);
   std::vector<uint32_t> slices(wants_input_ ? step * slice : 0);
   std::vector<float> mean_rows(wants_input_ && last ? tiles * width_ : 0);
   for (int64_t first = 0; first < tiles; first += step) {
     const int64_t stop = std::min(first + step, tiles);
-    at::parallel_for(first, stop, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) {
-        float* mean = mean_rows.empty() ? nullptr : mean_rows.data() + t * width_;
-        flush_tile(t, d_weight, last, mean, slices.data() + (t - first) * slice);
-      }
+    dynamic_for(first, stop, [&](int64_t t) {
+      float* mean = mean_rows.empty() ? nullptr : mean_rows.data() + t * width_;
+      flush_tile(t, d_weight, last, mean, slices.data() + (t - first) * slice);
     });
     if (wants_input_) {
       input_products(first, stop, slices.data());

@@ -110,6 +110,8 @@ Weight::Rows Weight::tile(int64_t first, int64_t count, char* scratch) const {
   const int64_t* ids = order_.const_data_ptr<int64_t>() + first;
   for (int64_t j = 0; j < count; ++j) {
     if (direct_) {
+      constexpr int64_t kAhead = 6;
+      fetch(first + j + kAhead, std::min(first + j + kAhead + 1, first + count));
       std::memcpy(
           scratch + j * stride, static_cast<const char*>(weight_.const_data_ptr()) + ids[j] * row,
           hidden_ * words_.element());
@@ -118,6 +120,20 @@ Weight::Rows Weight::tile(int64_t first, int64_t count, char* scratch) const {
     }
   }
   return {scratch, stride};
+}
+
+void Weight::fetch(int64_t first, int64_t last) const {
+  constexpr int64_t kLine = 64;
+  if (!order_.defined() || !direct_) {
+    return;
+  }
+  const int64_t* ids = order_.const_data_ptr<int64_t>();
+  for (int64_t j = first; j < last; ++j) {
+    const char* row = static_cast<const char*>(weight_.const_data_ptr()) + ids[j] * weight_.stride(0) * words_.element();
+    for (int64_t at = 0; at < hidden_ * words_.element(); at += kLine) {
+      __builtin_prefetch(row + at, 0, 2);
+    }
+  }
 }
 
 // Rows of the weight as words, `stride` bytes apart.

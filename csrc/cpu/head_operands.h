@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <optional>
 
@@ -39,6 +40,17 @@ inline int64_t counted_threads() {
   return std::max(4, at::get_num_threads());
 }
 
+// Whichever thread is free takes the next, in order.
+template <class Function>
+void dynamic_for(int64_t begin, int64_t end, const Function& function) {
+  std::atomic<int64_t> next(begin);
+  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < end;) {
+      function(i);
+    }
+  });
+}
+
 // What products are made of: float32 words, or bfloat16 pairs where the machine multiplies those.
 struct Words {
   const TileKernels* kernels;
@@ -69,6 +81,8 @@ class Weight {
 
   // Rows `first` to `first + count`, as they are or made in `scratch`, of so many bytes as scratch() says.
   Rows tile(int64_t first, int64_t count, char* scratch) const;
+  // Into the cache, rows that tile() will copy from anywhere.
+  void fetch(int64_t first, int64_t last) const;
 
  private:
   void put(int64_t first, int64_t count, char* out, int64_t stride) const;
