@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import logging
+import os
 from collections.abc import Callable, Iterable
 
 import torch
@@ -19,7 +20,8 @@ from ssd_core.checks import UsageError
 log = logging.getLogger("ssd_core")
 
 FLOATS = ("float64", "float32", "bfloat16", "float16")
-COMPILED = ("float32", "bfloat16", "float16")       # dtypes of the compiled backend
+COMPILED = ("float32", "bfloat16", "float16")       # dtypes of the compiled backends
+FILTER = ("grad_filter", "grad_filter_weight")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Backend:
     lacks: tuple[str, ...] = ()                 # options that are not in this backend yet
     needs: str = ""                             # location of a function: None, or why the backend is unavailable
     automatic: bool = True                      # whether "auto" may choose it
-    counts: str = ""                            # location: (demand) -> bytes of (rows, columns), if it knows them
+    counts: str = ""                            # location: (demand) -> fields of it that this backend knows better
 
     def __post_init__(self) -> None:
         for location in filter(None, (self.location, self.needs, self.counts)):
@@ -65,7 +67,7 @@ class Backend:
 
     def counted(self, demand):
         """The ``plan.Demand``, with what this backend knows about its bytes."""
-        return dataclasses.replace(demand, held=_load(self.counts)(demand)) if self.counts else demand
+        return dataclasses.replace(demand, **_load(self.counts)(demand)) if self.counts else demand
 
 
 _CHUNKED = "ssd_core.chunked"
@@ -84,26 +86,42 @@ def _compiled(op: str, *, lacks: tuple[str, ...] = ()) -> Backend:
                    needs="ssd_core.native:missing", counts=counts)
 
 
+def _triton(op: str, module: str = "ssd_core.triton", *, lacks: tuple[str, ...] = ()) -> Backend:
+    """The interpreter runs kernels on CPU tensors."""
+    devices = ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
+    counts = "ssd_core.triton:linear_bytes" if op.startswith("linear_") else ""
+    return Backend(op, "triton", f"{module}:{op}", devices=devices, dtypes=COMPILED, lacks=lacks,
+                   needs="ssd_core.triton:missing", counts=counts)
+
+
 BACKENDS = (
     _compiled("linear_cross_entropy", lacks=("process_group",)),
+    _triton("linear_cross_entropy", lacks=FILTER),
     *_portable("linear_cross_entropy", reference_lacks=("process_group",)),
     _compiled("linear_distill", lacks=("process_group",)),
     *_portable("linear_distill", reference_lacks=("process_group",)),
     _compiled("linear_logprob", lacks=("process_group",)),
+    _triton("linear_logprob"),
     *_portable("linear_logprob", reference_lacks=("process_group",)),
     _compiled("cross_entropy"),
+    _triton("cross_entropy"),
     *_portable("cross_entropy"),
     _compiled("distill"),
     *_portable("distill"),
     _compiled("logprob"),
+    _triton("logprob"),
     *_portable("logprob"),
     _compiled("softmax"),
+    _triton("softmax", "ssd_core.kernels.softmax"),
     *_portable("softmax"),
     _compiled("softmax_backward"),
+    _triton("softmax_backward", "ssd_core.kernels.softmax"),
     *_portable("softmax_backward", "softmax"),
     _compiled("log_softmax"),
+    _triton("log_softmax", "ssd_core.kernels.softmax"),
     *_portable("log_softmax", "softmax"),
     _compiled("log_softmax_backward"),
+    _triton("log_softmax_backward", "ssd_core.kernels.softmax"),
     *_portable("log_softmax_backward", "softmax"),
     _compiled("sample"),
     Backend("sample", "torch", f"{_CHUNKED}.sample:sample"),

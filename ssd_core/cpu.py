@@ -30,7 +30,7 @@ def linear_cross_entropy_bytes(demand):
             found += native.grad_filter_bytes(demand.tokens, rows, demand.vocab, demand.hidden, demand.dtype)
         return found
 
-    return held
+    return {"held": held}
 
 
 def linear_logprob(
@@ -43,8 +43,8 @@ def linear_logprob(
 
 
 def linear_logprob_bytes(demand):
-    return lambda rows, columns: native.linear_logprob_bytes(
-        rows, columns, demand.vocab, demand.hidden, demand.dtype, demand.cast)
+    return {"held": lambda rows, columns: native.linear_logprob_bytes(
+        rows, columns, demand.vocab, demand.hidden, demand.dtype, demand.cast)}
 
 
 def linear_distill(
@@ -59,8 +59,8 @@ def linear_distill(
 
 
 def linear_distill_bytes(demand):
-    return lambda rows, columns: native.linear_distill_bytes(
-        rows, columns, demand.vocab, demand.hidden, demand.support, demand.teacher_hidden, demand.dtype, demand.cast)
+    return {"held": lambda rows, columns: native.linear_distill_bytes(
+        rows, columns, demand.vocab, demand.hidden, demand.support, demand.teacher_hidden, demand.dtype, demand.cast)}
 
 
 def cross_entropy(logits, ids, probs, dense, rows, *, class_weight, label_weight, row_scale, **options):

@@ -50,6 +50,7 @@ class Demand:
     cast: bool = False          # the weight has another dtype, or its rows are not contiguous
     logits: int = 1             # (rows, vocabulary) buffers: the student's, and a teacher's that is computed
     buffers: int = 6            # float32 blocks that a row pass holds at once, measured
+    wide_logits: bool = False   # logits are held in float32
     passes: int = 1             # looks at all logits before the gradient
     wide_input: bool = False    # d_input is added up in float32
     filtered: bool = False      # by the gradient filter, which needs all columns
@@ -76,7 +77,10 @@ class Demand:
         # gathered or cast hidden states, their gradient, and a partial product of it
         vectors = 1 + (1 if self.gathered or self.cast else 0) + (1 if itemsize > 2 else 2 if tile < self.vocab else 0)
         filtered = self.vocab // TILE * 40 + 3 * TILE * itemsize + self.hidden * 4 if self.filtered else 0
-        return tile * itemsize * self.logits + self.support * 20 + vectors * self.hidden * itemsize + filtered
+        return tile * self.logit_bytes() + self.support * 20 + vectors * self.hidden * itemsize + filtered
+
+    def logit_bytes(self) -> int:
+        return (wide_dtype(self.dtype) if self.wide_logits else self.dtype).itemsize * self.logits
 
     def row_pass(self, tile: int) -> int:
         return self.buffers * max(tile * wide_dtype(self.dtype).itemsize, block_elements(self.device) * 4)
@@ -120,10 +124,10 @@ def plan_chunks(demand: Demand, workspace_bytes: int | None) -> ChunkPlan:
 
 def _square(demand: Demand, free: int) -> tuple[int, int]:
     """Rows and columns of tiles, about as many of one as of the other."""
-    rows = min(demand.tokens, math.isqrt(max(0, free) // (demand.dtype.itemsize * demand.logits)))
+    rows = min(demand.tokens, math.isqrt(max(0, free) // demand.logit_bytes()))
     block = block_elements(demand.device) * 4 // wide_dtype(demand.dtype).itemsize
     while rows >= 1:
-        left, column = free - rows * demand.row(0), rows * demand.dtype.itemsize * demand.logits
+        left, column = free - rows * demand.row(0), rows * demand.logit_bytes()
         tile = (left - demand.row_pass(1)) // column
         if tile > block:        # the row pass works on a row at least
             tile = max(block, left // (column + demand.row_pass(1) // block))

@@ -27,6 +27,7 @@ train sampler evaluate distributed
 nn store models prompts
 data ops
 plan backends targets sampling_params files
+triton
 chunked reference cpu
 native kernels
 checks

@@ -8,11 +8,11 @@ from __future__ import annotations
 import torch
 
 from ssd_core.chunked import groups
-from ssd_core.chunked.logits import BelowMax, LogSumExp, inside_tile, marked, run, wide_dtype
+from ssd_core.chunked.logits import BelowMax, LogSumExp, RowPass, inside_tile, marked, run, wide_dtype
 
 
-class CrossEntropyRows:
-    """A row pass (see ``chunked.head``) over logits c, before the temperature.
+class CrossEntropyRows(RowPass):
+    """A row pass over logits c, before the temperature.
 
     Targets: ``ids`` (R, K) with ``probs`` (R, K), or None for hard labels; or ``dense`` (R, V) class probabilities.
     ``class_weight`` (V,) is that of this rank's columns, ``label_weight`` (R,) that of each row's label. The gradient
@@ -20,7 +20,6 @@ class CrossEntropyRows:
     ``vocab`` counts the columns of all ranks; this rank's begin at ``vocab_start``.
     """
 
-    passes = 1
     sizes = 3           # of the results: loss, nll, lse
 
     def __init__(
@@ -46,9 +45,6 @@ class CrossEntropyRows:
         self.on_q = torch.zeros(count, dtype=wide, device=device)           # d loss / d z_j = on_q q_j - ...
 
     # -- statistics
-
-    def open(self, tile: slice, step: int) -> None:
-        """Nothing to fetch."""
 
     def update(self, c, first: int, rows: slice, step: int = 0):
         """Take in columns ``first``, ``first + 1``, ... of these rows; exp(z - max), for ``gradient``."""

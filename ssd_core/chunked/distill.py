@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from ssd_core.chunked import groups
 from ssd_core.chunked.cross_entropy import CrossEntropyRows
-from ssd_core.chunked.logits import LogSumExp, capped, inside_tile, marked, run, wide_dtype
+from ssd_core.chunked.logits import LogSumExp, RowPass, capped, inside_tile, marked, run, wide_dtype
 
 FORWARD, REVERSE, JSD = "forward_kl", "reverse_kl", "jsd"
 
@@ -61,8 +61,8 @@ def _expected(log_a, log_b, log_c):
     return torch.where(a == 0, 0, a * (log_b - log_c))
 
 
-class _DistillRows:
-    """A row pass (see ``chunked.head``): the divergence's share of the loss, and the cross-entropy that goes with it.
+class _DistillRows(RowPass):
+    """A row pass: the divergence's share of the loss, and the cross-entropy that goes with it.
 
     ``ce`` is a CrossEntropyRows at temperature 1, or None. Subclasses set ``self.value`` in ``finish``.
     """
@@ -74,9 +74,6 @@ class _DistillRows:
         self.lse = LogSumExp(count, wide, device)       # of the student at the divergence's temperature
         self.value = torch.zeros(count, dtype=wide, device=device)
         self.results = torch.zeros(self.sizes, count, dtype=wide, device=device)
-
-    def open(self, tile: slice, step: int) -> None:
-        """Nothing to fetch."""
 
     def _finish(self, rows: slice, scale: float) -> None:
         """``scale`` makes the divergence that is reported of the value."""
@@ -107,8 +104,6 @@ class SparseDistillRows(_DistillRows):
 
     With r_b = q_b g_b, the slope is ``r_k - q_k sum(r)`` on the ids and ``q_j / q_tail r_tail - q_j sum(r)`` off them.
     """
-
-    passes = 1
 
     def __init__(self, ids, probs, ce, row_scale, measure, *, tail: str, reported: float, wide):
         super().__init__(ce, row_scale, measure, len(ids), wide=wide, device=ids.device)

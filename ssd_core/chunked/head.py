@@ -1,14 +1,6 @@
 """From hidden states to a loss over a vocabulary and its gradients, in chunks: the loop that ``linear_*`` ops share.
 
-What an op makes of its logits is a *row pass*, an object for the rows of one chunk:
-
-    update(c, first, rows, step)    statistics of a tile of logits c (r, C), columns first .. first + C; exp(z - max)
-    reduce(group, step)             the same over the ranks that share the vocabulary
-    finish(rows)                    ``results`` (n, R) and the gradient's coefficients, once all columns are in
-    probabilities(c, rows, e)       softmax of a tile, from what ``update`` returned if that was the same tile
-    gradient(c, first, rows, q)     with respect to c, overwriting q
-
-and ``passes``, how often all columns must be seen before ``finish``; ``open(tile, step)`` is called before each tile.
+What an op makes of its logits is a row pass: see ``chunked.logits.RowPass``.
 """
 
 from __future__ import annotations
@@ -19,9 +11,20 @@ from typing import NamedTuple
 import torch
 
 from ssd_core.chunked import groups
-from ssd_core.chunked.logits import blocks, capped, uncapped_, wide_dtype
+from ssd_core.chunked.logits import capped, wide_dtype
 
 SUM_LENGTH = 1 << 14    # terms that a float32 product may add up in one go; shorter ones cost time
+
+
+def wide_product(a, b, *, out, add: bool = False) -> None:
+    """``out`` float32 = [out +] a @ b of 16-bit operands, which are never upcast where the library multiplies them."""
+    if a.device.type == "cpu":      # there is no such product: for tests
+        product = a.to(out.dtype) @ b.to(out.dtype)
+        out.add_(product) if add else out.copy_(product)
+    elif add:
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    else:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
 
 
 class Head(NamedTuple):
@@ -34,12 +37,21 @@ class Head(NamedTuple):
     softcap: float                  # 0: none
     dtype: torch.dtype              # that products are taken in
     columns: int                    # of a weight of another dtype, as many are cast at a time
+    wide: bool = False              # outputs are float32, whatever the dtype
+
+    @property
+    def output_dtype(self) -> torch.dtype:
+        return wide_dtype(self.dtype) if self.wide else self.dtype
 
     @property
     def early_bias(self) -> bool:
         """Whether the product adds the bias, as ``F.linear`` does, and 16-bit outputs are rounded once. A wider one is
         added to the logits."""
-        return self.bias is not None and self.bias.dtype == self.dtype
+        return self.bias is not None and self.bias.dtype == self.output_dtype
+
+    def in_place(self, u) -> torch.Tensor:
+        """Where the gradient takes the place of outputs u (R, C): of ``dtype``, each row at the beginning of its own."""
+        return u if u.dtype == self.dtype else u.view(self.dtype)[:, : u.shape[1]]
 
     def outputs(self, x, tile: slice, out: torch.Tensor) -> torch.Tensor:
         step = out.shape[1] if self.weight.dtype == self.dtype else self.columns
@@ -48,7 +60,9 @@ class Head(NamedTuple):
             first = tile.start + start
             columns = slice(first, first + some.shape[1])
             weight = self.weight[columns].to(self.dtype).t()
-            if self.early_bias:
+            if self.output_dtype != self.dtype:
+                wide_product(x, weight, out=some)
+            elif self.early_bias:
                 torch.addmm(self.bias[columns], x, weight, out=some)
             else:
                 torch.mm(x, weight, out=some)
@@ -79,7 +93,7 @@ def run(
     gradients = Gradients(
         head, needs if scaled else (False, False, False), chunks, one_chunk=0 < count <= chunks.rows,
         keep_float32=keep_float32, summed=group is not None or grad_filter is not None)
-    buffer = head.input.new_empty(min(chunks.rows, count), min(chunks.tile, vocab), dtype=head.dtype)
+    buffer = head.input.new_empty(min(chunks.rows, count), min(chunks.tile, vocab), dtype=head.output_dtype)
     results = [make_pass(slice(0, 0), slice(0, 0)).results] if count == 0 else []
     for start in range(0, count, chunks.rows):
         part = slice(start, min(start + chunks.rows, count))
@@ -88,16 +102,16 @@ def run(
         row_pass = make_pass(index, part)
         chunk = _Chunk(head, row_pass, x, buffer, vocab_start)
         if len(tiles) == 1 and group is None and grad_filter is None:
-            u = chunk.in_cache(tiles[0], scaled)
+            grad = chunk.whole(tiles[0], scaled)
             if scaled:
-                gradients.add(x, u, tiles[0])
+                gradients.add(x, grad, tiles[0])
         else:
             chunk.statistics(tiles, group)
             row_pass.finish()
             if grad_filter is not None:
                 grad_filter.open_chunk(part, row_pass)
-                u = chunk.gradient(tiles[0], scaled, grad_filter)
-                grad_filter.add(gradients, x, u, scaled)
+                grad = chunk.gradient(tiles[0], scaled, grad_filter)
+                grad_filter.add(gradients, x, grad, scaled)
             elif scaled:
                 for tile in tiles:
                     gradients.add(x, chunk.gradient(tile), tile)
@@ -124,49 +138,23 @@ class _Chunk:
         self.held = tile
         return u
 
-    def blocks(self, tile: slice):
-        return blocks(len(self.x), tile.stop - tile.start, self.x)
-
-    def in_cache(self, tile: slice, scaled: bool):
-        """All of the row pass on a few rows at a time, while they are in cache; the gradient is in u's place."""
-        u, row_pass, first = self.outputs(tile), self.row_pass, self.vocab_start + tile.start
-        for step in range(row_pass.passes):
-            row_pass.open(tile, step)
-        for block in self.blocks(tile):
-            c = self.head.logits(u[block], tile)
-            for step in range(row_pass.passes):
-                e = row_pass.update(c, first, block, step)
-            row_pass.finish(block)
-            if scaled:
-                grad = row_pass.gradient(c, first, block, row_pass.probabilities(c, block, e))
-                u[block] = uncapped_(grad, c, self.head.scale, self.head.softcap)
-        return u
+    def whole(self, tile: slice, scaled: bool):
+        """All of the row pass at once; the gradient, which may be in the outputs' place."""
+        return self.row_pass.whole(self.head, self.outputs(tile), tile, self.vocab_start + tile.start, scaled)
 
     def statistics(self, tiles, group) -> None:
         """Column tiles one after the other, as often as the row pass asks for; then over the ranks."""
         for step in range(self.row_pass.passes):
             for tile in tiles:
-                u = self.outputs(tile)
-                self.row_pass.open(tile, step)
-                for block in self.blocks(tile):
-                    self.row_pass.update(self.head.logits(u[block], tile), self.vocab_start + tile.start, block, step)
+                self.row_pass.look(self.head, self.outputs(tile), tile, self.vocab_start + tile.start, step)
             if group is not None:
                 self.row_pass.reduce(group, step)
 
     def gradient(self, tile: slice, scaled: bool = True, grad_filter=None):
-        """In the outputs' place; the filter sees the probabilities on the way."""
-        u, row_pass, first = self.outputs(tile), self.row_pass, self.vocab_start + tile.start
-        row_pass.open(tile, row_pass.passes)
-        for block in self.blocks(tile):
-            c = self.head.logits(u[block], tile)
-            q = row_pass.probabilities(c, block)
-            if grad_filter is not None:
-                grad_filter.weigh(q, block)
-            if scaled:
-                grad = row_pass.gradient(c, first, block, q)
-                u[block] = uncapped_(grad, c, self.head.scale, self.head.softcap)
+        first = self.vocab_start + tile.start
+        grad = self.row_pass.slope(self.head, self.outputs(tile), tile, first, scaled, grad_filter)
         self.held = None
-        return u
+        return grad
 
 
 class Gradients:
@@ -223,6 +211,9 @@ class Gradients:
         out = self.weight[tile]
         if self.direct:
             torch.addmm(out, grad.t(), x, beta=0 if self.once else 1, out=out)
+            return
+        if self.head.wide and grad.dtype != out.dtype:
+            wide_product(grad.t(), x, out=out, add=True)
             return
         for start in range(0, len(out), self.chunks.columns):
             columns = slice(start, min(start + self.chunks.columns, len(out)))

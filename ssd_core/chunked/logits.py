@@ -44,6 +44,63 @@ def uncapped_(grad, c, scale: float, softcap: float):
     return grad.mul_(scale) if scale != 1 else grad
 
 
+class RowPass:
+    """What an op makes of its logits, for the rows of one chunk. Of these a subclass has
+
+        update(c, first, rows, step)    statistics of a tile of logits c (r, C), columns first .. first + C; it may
+                                        return exp(z - max)
+        reduce(group, step)             the same over the ranks that share the vocabulary
+        finish(rows)                    ``results`` (n, R) and the gradient's coefficients, once all columns are in
+        probabilities(c, rows, e)       softmax of a tile, from what ``update`` returned if that was the same tile
+        gradient(c, first, rows, q)     with respect to c, overwriting q
+
+    ``passes``, how often all columns must be seen before ``finish``, and maybe ``open(tile, step)``, which is called
+    before each tile. Here they are applied to raw outputs u (R, C) of a head, a few rows at a time: those of columns
+    ``tile`` of this rank, whose first id is ``first``. A subclass whose kernels look at raw outputs has these instead.
+    """
+
+    passes = 1
+
+    def open(self, tile: slice, step: int) -> None:
+        """Nothing to fetch."""
+
+    def whole(self, head, u, tile: slice, first: int, scaled: bool):
+        """All of it on rows that are whole, while they are in cache; the gradient, in u's place."""
+        for step in range(self.passes):
+            self.open(tile, step)
+        for block in _blocks(u, tile):
+            c = head.logits(u[block], tile)
+            for step in range(self.passes):
+                e = self.update(c, first, block, step)
+            self.finish(block)
+            if scaled:
+                grad = self.gradient(c, first, block, self.probabilities(c, block, e))
+                u[block] = uncapped_(grad, c, head.scale, head.softcap)
+        return u
+
+    def look(self, head, u, tile: slice, first: int, step: int) -> None:
+        """The statistics of a tile."""
+        self.open(tile, step)
+        for block in _blocks(u, tile):
+            self.update(head.logits(u[block], tile), first, block, step)
+
+    def slope(self, head, u, tile: slice, first: int, scaled: bool = True, grad_filter=None):
+        """The gradient of a finished tile, in u's place; the filter sees the probabilities on the way."""
+        self.open(tile, self.passes)
+        for block in _blocks(u, tile):
+            c = head.logits(u[block], tile)
+            q = self.probabilities(c, block)
+            if grad_filter is not None:
+                grad_filter.weigh(q, block)
+            if scaled:
+                u[block] = uncapped_(self.gradient(c, first, block, q), c, head.scale, head.softcap)
+        return u
+
+
+def _blocks(u, tile: slice):
+    return blocks(len(u), tile.stop - tile.start, u)
+
+
 def inside_tile(ids, used, first: int, columns: int):
     """Which of the ids (r, K) lie in columns [first, first + columns), and their place there (0 for the others)."""
     inside = used & (ids >= first) & (ids < first + columns)
@@ -120,7 +177,7 @@ class BelowMax:
 
 
 def run(logits, make_pass, rows, *, scaled: bool, scale: float = 1.0, softcap: float = 0.0, extent: int = 0):
-    """``(results (n, M), d_logits or None)`` of a row pass (see ``chunked.head``) over logits (N, V), in blocks of
+    """``(results (n, M), d_logits or None)`` of a row pass over logits (N, V), in blocks of
     rows that stay in cache. ``rows`` (M,) names those that count, or None for all; the others' gradient is 0.
     ``extent`` counts the columns that the pass looks at, if there are more than V."""
     count = len(logits) if rows is None else len(rows)

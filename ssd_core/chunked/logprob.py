@@ -5,16 +5,15 @@ from __future__ import annotations
 import torch
 
 from ssd_core.chunked import groups
-from ssd_core.chunked.logits import LogSumExp, inside_tile, run, wide_dtype
+from ssd_core.chunked.logits import LogSumExp, RowPass, inside_tile, run, wide_dtype
 
 
-class LogprobRows:
-    """A row pass (see ``chunked.head``) over logits c, before the temperature.
+class LogprobRows(RowPass):
+    """A row pass over logits c, before the temperature.
 
     ``ids`` (R,) int64; ``row_scale`` (R, 2) or None: gradients are those of ``(row_scale * [logprob, entropy]).sum()``.
     """
 
-    passes = 1
     sizes = 4       # of the results: logprob, entropy, lse, argmax
 
     def __init__(self, ids, row_scale, *, wide, temperature=1.0):
@@ -26,9 +25,6 @@ class LogprobRows:
         self.z_y = torch.full((count, 1), torch.nan, dtype=wide, device=device)
         self.argmax = torch.zeros(count, dtype=torch.int64, device=device)
         self.results = torch.zeros(self.sizes, count, dtype=wide, device=device)
-
-    def open(self, tile: slice, step: int) -> None:
-        """Nothing to fetch."""
 
     def update(self, c, first: int, rows: slice, step: int = 0):
         z = self._tempered(c)

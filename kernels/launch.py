@@ -1,0 +1,40 @@
+"""Launch configurations: one that is known to be good for each op and chip family."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import torch
+import triton
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Of a kernel whose program has one row of logits: columns of a block, warps of a program."""
+
+    block: int
+    warps: int
+
+
+# by op; bytes of an element do not matter much: a program always has work in flight
+ROWS = {"cross_entropy": Rows(4096, 8), "logprob": Rows(4096, 8), "softmax": Rows(4096, 8)}
+# the interpreter: small blocks, so that small vocabularies cross their edges; large ones where time counts
+SMALL, LARGE = Rows(256, 1), Rows(16384, 1)
+
+
+def rows(op: str, columns: int) -> Rows:
+    if INTERPRETED:
+        return SMALL if columns <= 4 * SMALL.block else LARGE
+    found = ROWS[op]
+    return dataclasses.replace(found, block=min(found.block, max(128, triton.next_power_of_2(max(1, columns)))))
+
+
+def row_launch(kernel, op: str, count: int, like: torch.Tensor, *arguments, **options) -> None:
+    """One program for each of ``count`` rows of as many columns as ``like`` (N, C)."""
+    if count == 0:
+        return
+    found = rows(op, like.shape[1])
+    kernel[(count,)](*arguments, **options, BLOCK_V=found.block, num_warps=found.warps)

@@ -1,0 +1,193 @@
+"""Backend "triton": the interfaces of ``ssd_core.chunked``, served by the Triton kernels."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+
+from ssd_core.chunked import groups
+from ssd_core.chunked import head as heads
+
+
+def missing() -> str | None:
+    """Why this backend cannot be used here, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        return "there is no GPU (with TRITON_INTERPRET=1 its kernels run on CPU tensors, slowly)"
+    return None
+
+
+def linear_bytes(demand) -> dict:
+    """Rows are worked on in registers; outputs are in float32."""
+    return {"buffers": 0, "wide_logits": True}
+
+
+class KernelPass:
+    """A row pass (see ``chunked.logits.RowPass``) of kernels that look at raw outputs. ``rows.run(u, grad, bias,
+    first)`` does all of it, or what ``look`` and ``finish`` say; what has been seen is in ``rows.state``, which
+    ``reduce`` adds up over the ranks of a group."""
+
+    passes = 1
+
+    def __init__(self, rows, reduce):
+        self.rows, self._reduce = rows, reduce
+
+    @property
+    def results(self):
+        return self.rows.results
+
+    def whole(self, head, u, tile, first, scaled):
+        return self._run(head, u, scaled, tile, first)
+
+    def look(self, head, u, tile, first, step):
+        self._run(head, u, False, tile, first, finish=False)
+
+    def reduce(self, group, step):
+        self._reduce(self.rows, group)
+
+    def finish(self):
+        self.rows.run(self.rows.state[:, :0], None, look=False)
+
+    def slope(self, head, u, tile, first, scaled=True, grad_filter=None):
+        return self._run(head, u, scaled, tile, first, look=False)
+
+    def _run(self, head, u, scaled, tile, first, **steps):
+        late = head.bias is not None and not head.early_bias
+        grad = head.in_place(u) if scaled else None
+        bias = head.bias[tile] if late else None
+        self.rows.run(u, grad, bias, tile.start, first, scale=head.scale, softcap=head.softcap, **steps)
+        return grad
+
+
+def _head(input, weight, bias, logit_scale, softcap, dtype, chunks):
+    return heads.Head(input, weight, bias, logit_scale, softcap, dtype, chunks.columns, wide=True)
+
+
+def _on_logits(rows, logits, scaled, tokens, logit_scale, softcap):
+    """d_logits (N, V) or None; the others' is 0."""
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    grad = None
+    if scaled:
+        make = torch.empty_like if tokens is None else torch.zeros_like
+        grad = make(logits, memory_format=torch.contiguous_format)
+    rows.run(logits, grad, scale=logit_scale, softcap=softcap, by_token=True)
+    return grad
+
+
+def _taken(tensor, index):
+    return None if tensor is None else tensor[index].contiguous()
+
+
+def _place(index):
+    """Of rows among all: the first of those that follow each other, or where each is."""
+    return index.start if isinstance(index, slice) else index
+
+
+# -- cross-entropy
+
+
+def _cross_entropy_rows(ids, probs, dense, class_weight, label_weight, **options):
+    """(index, row_scale) -> the rows of these tokens."""
+    from ssd_core.kernels.cross_entropy import CrossEntropyRows
+    from ssd_core.kernels.support import merged
+
+    ids, weights = (ids.long(), None) if probs is None else merged(ids, probs)
+    if dense is not None and dense.stride(1) != 1:
+        dense = dense.contiguous()
+    class_weight = None if class_weight is None else class_weight.float().contiguous()
+
+    def of(index, row_scale):
+        return CrossEntropyRows(
+            _taken(ids, index), _taken(weights, index), dense, class_weight, _taken(label_weight, index), row_scale,
+            _place(index), **options)
+
+    return of
+
+
+def linear_cross_entropy(
+    input, linear_weight, linear_bias, ids, probs, dense, rows, *, class_weight, label_weight, row_scale, needs, chunks,
+    keep_float32, dtype, logit_scale, softcap, vocab, vocab_start, group, grad_filter, grad_filter_weight, vocab_order,
+    **options,
+):
+    make = _cross_entropy_rows(ids, probs, dense, class_weight, label_weight, vocab=vocab, **options)
+    results, *grads = heads.run(
+        _head(input, linear_weight, linear_bias, logit_scale, softcap, dtype, chunks),
+        lambda index, part: KernelPass(make(index, _taken(row_scale, part)), _reduce_cross_entropy), rows,
+        scaled=row_scale is not None, needs=needs, chunks=chunks, keep_float32=keep_float32, group=group,
+        vocab_start=vocab_start)
+    return *results, None, *grads
+
+
+def cross_entropy(
+    logits, ids, probs, dense, rows, *, class_weight, label_weight, row_scale, logit_scale, softcap, **options,
+):
+    make = _cross_entropy_rows(ids, probs, dense, class_weight, label_weight, vocab=logits.shape[1], **options)
+    found = make(slice(0, len(logits)) if rows is None else rows, row_scale)
+    grad = _on_logits(found, logits, row_scale is not None, rows, logit_scale, softcap)
+    return *found.results, grad
+
+
+def _reduce_cross_entropy(rows, group) -> None:
+    top, total, peak, below, weight, plain, plain_weight = rows.state[:, :7].unbind(-1)
+    z_k = rows.state[:, 7:]
+    most, shift = _largest(top, group)
+    total = groups.all_reduce(total * torch.exp(top - shift), "sum", group)
+    highest, _ = _largest(peak, group)
+    rise = torch.where(peak == -torch.inf, 0, highest - peak)
+    sums = torch.stack((below + weight * rise, weight, plain + plain_weight * rise, plain_weight))
+    sums = groups.all_reduce(sums, "sum", group)
+    rows.state = torch.cat((torch.stack((most, total, highest, *sums), -1), _owned(z_k, group)), -1)
+
+
+def _largest(top, group):
+    """The maximum over the ranks, and what exponents are relative to: 0 where there are none but -inf."""
+    most = groups.all_reduce(top.clone(), "max", group)
+    return most, most.masked_fill(most == -torch.inf, 0)
+
+
+def _owned(values, group):
+    """Of the rank that has one; NaN where none has."""
+    mine = ~values.isnan()
+    total = groups.all_reduce(values.masked_fill(~mine, 0), "sum", group)
+    return total.masked_fill(groups.all_reduce(mine.to(values.dtype), "sum", group) == 0, torch.nan)
+
+
+# -- log-probability
+
+
+def _logprob_rows(ids, index, row_scale, temperature):
+    from ssd_core.kernels.logprob import LogprobRows
+
+    return LogprobRows(_taken(ids.long(), index), row_scale, _place(index), temperature=temperature)
+
+
+def linear_logprob(
+    input, linear_weight, linear_bias, ids, rows, *, row_scale, needs, chunks, keep_float32, dtype, logit_scale,
+    softcap, temperature, vocab_start, group,
+):
+    results, *grads = heads.run(
+        _head(input, linear_weight, linear_bias, logit_scale, softcap, dtype, chunks),
+        lambda index, part: KernelPass(_logprob_rows(ids, index, _taken(row_scale, part), temperature), _reduce_logprob),
+        rows, scaled=row_scale is not None, needs=needs, chunks=chunks, keep_float32=keep_float32, group=group,
+        vocab_start=vocab_start)
+    return *results, *grads
+
+
+def logprob(logits, ids, rows, *, row_scale, logit_scale, softcap, temperature):
+    found = _logprob_rows(ids, slice(0, len(logits)) if rows is None else rows, row_scale, temperature)
+    grad = _on_logits(found, logits, row_scale is not None, rows, logit_scale, softcap)
+    return *found.results, grad
+
+
+def _reduce_logprob(rows, group) -> None:
+    top, total, below, z_y, argmax = rows.state.unbind(-1)
+    most, shift = _largest(top, group)
+    rise = torch.where(top == -torch.inf, 0, most - top)
+    sums = torch.stack((total, below - rise * total)) * torch.exp(-rise)
+    sums = groups.all_reduce(sums, "sum", group)
+    # the lowest id of the ranks that have the maximum
+    lowest = groups.all_reduce(torch.where(top == most, -argmax, -torch.inf), "max", group)
+    rows.state = torch.stack((most, *sums, _owned(z_y, group), -lowest), -1)
