@@ -248,6 +248,7 @@ class CrossEntropyRows:
 
     def run(
         self, x, grad, bias=None, column=0, first_id=0, *, scale=1.0, softcap=0.0, by_token=False, look=True, finish=True,
+        step=0,
     ):
         """Look at raw outputs ``x`` (R, C), of this rank's columns ``column`` and so on, whose ids are ``first_id`` and
         so on; write results; write the gradient with respect to x into ``grad``, unless it is None: x itself, or what

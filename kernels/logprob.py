@@ -121,6 +121,7 @@ class LogprobRows:
     def run(
         self, x, grad, bias=None, column=0, first_id=0, *, scale=1.0, softcap=0.0, by_token=False, look=True,
         finish=True,
+        step=0,
     ):
         carry = not (look and finish)
         if carry and self.state is None:

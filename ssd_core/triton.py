@@ -43,13 +43,17 @@ class KernelPass:
         return self._run(head, u, scaled, tile, first)
 
     def look(self, head, u, tile, first, step):
-        self._run(head, u, False, tile, first, finish=False)
+        self._run(head, u, False, tile, first, finish=False, step=step)
 
     def reduce(self, group, step):
-        self._reduce(self.rows, group)
+        self._reduce(self.rows, group, step)
 
     def finish(self):
-        self.rows.run(self.rows.state[:, :0], None, look=False)
+        self.rows.run(self.rows.state[:, :0], None, look=False, **self.given(slice(0, 0)))
+
+    def given(self, tile) -> dict:
+        """What ``rows.run`` wants to know of a tile besides."""
+        return {}
 
     def slope(self, head, u, tile, first, scaled=True, grad_filter=None):
         return self._run(head, u, scaled, tile, first, look=False)
@@ -58,22 +62,47 @@ class KernelPass:
         late = head.bias is not None and not head.early_bias
         grad = head.in_place(u) if scaled else None
         bias = head.bias[tile] if late else None
-        self.rows.run(u, grad, bias, tile.start, first, scale=head.scale, softcap=head.softcap, **steps)
+        self.rows.run(u, grad, bias, tile.start, first, scale=head.scale, softcap=head.softcap, **self.given(tile), **steps)
         return grad
+
+
+def _reduced_sums(top, sums, group):
+    """The maximum over the ranks, and sums (n, R) of exponentials relative to it."""
+    most, shift = _largest(top, group)
+    return most, groups.all_reduce(sums * torch.exp(top - shift), "sum", group)
+
+
+def _reduced_below(below, weight, top, most, group):
+    """sum_j a_j (max - z_j) and sum_j a_j over the ranks, whose maximum rose from top to most."""
+    rise = torch.where(top == -torch.inf, 0, most - top)
+    return groups.all_reduce(torch.stack((below + weight * rise, weight)), "sum", group)
+
+
+def _largest(top, group):
+    """The maximum over the ranks, and what exponents are relative to: 0 where there are none but -inf."""
+    most = groups.all_reduce(top.clone(), "max", group)
+    return most, most.masked_fill(most == -torch.inf, 0)
+
+
+def _owned(values, group):
+    """Of the rank that has one; NaN where none has."""
+    mine = ~values.isnan()
+    total = groups.all_reduce(values.masked_fill(~mine, 0), "sum", group)
+    return total.masked_fill(groups.all_reduce(mine.to(values.dtype), "sum", group) == 0, torch.nan)
 
 
 def _head(input, weight, bias, logit_scale, softcap, dtype, chunks):
     return heads.Head(input, weight, bias, logit_scale, softcap, dtype, chunks.columns, wide=True)
 
 
-def _on_logits(rows, logits, scaled, tokens, logit_scale, softcap):
+def _on_logits(rows, logits, scaled, tokens, logit_scale, softcap, **given):
     """d_logits (N, V) or None; the others' is 0."""
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     grad = None
     if scaled:
         make = torch.empty_like if tokens is None else torch.zeros_like
         grad = make(logits, memory_format=torch.contiguous_format)
-    rows.run(logits, grad, scale=logit_scale, softcap=softcap, by_token=True)
+    rows.run(logits, grad, scale=logit_scale, softcap=softcap, by_token=True, **given)
     return grad
 
 
@@ -130,29 +159,14 @@ def cross_entropy(
     return *found.results, grad
 
 
-def _reduce_cross_entropy(rows, group) -> None:
+def _reduce_cross_entropy(rows, group, step) -> None:
     top, total, peak, below, weight, plain, plain_weight = rows.state[:, :7].unbind(-1)
-    z_k = rows.state[:, 7:]
-    most, shift = _largest(top, group)
-    total = groups.all_reduce(total * torch.exp(top - shift), "sum", group)
+    most, total = _reduced_sums(top, total, group)
     highest, _ = _largest(peak, group)
-    rise = torch.where(peak == -torch.inf, 0, highest - peak)
-    sums = torch.stack((below + weight * rise, weight, plain + plain_weight * rise, plain_weight))
-    sums = groups.all_reduce(sums, "sum", group)
-    rows.state = torch.cat((torch.stack((most, total, highest, *sums), -1), _owned(z_k, group)), -1)
-
-
-def _largest(top, group):
-    """The maximum over the ranks, and what exponents are relative to: 0 where there are none but -inf."""
-    most = groups.all_reduce(top.clone(), "max", group)
-    return most, most.masked_fill(most == -torch.inf, 0)
-
-
-def _owned(values, group):
-    """Of the rank that has one; NaN where none has."""
-    mine = ~values.isnan()
-    total = groups.all_reduce(values.masked_fill(~mine, 0), "sum", group)
-    return total.masked_fill(groups.all_reduce(mine.to(values.dtype), "sum", group) == 0, torch.nan)
+    sums = [*_reduced_below(below, weight, peak, highest, group),
+            *_reduced_below(plain, plain_weight, peak, highest, group)]
+    rows.state = torch.cat(
+        (torch.stack((most, total, highest, *sums), -1), _owned(rows.state[:, 7:], group)), -1)
 
 
 # -- log-probability
@@ -182,12 +196,129 @@ def logprob(logits, ids, rows, *, row_scale, logit_scale, softcap, temperature):
     return *found.results, grad
 
 
-def _reduce_logprob(rows, group) -> None:
+def _reduce_logprob(rows, group, step) -> None:
     top, total, below, z_y, argmax = rows.state.unbind(-1)
-    most, shift = _largest(top, group)
+    most = groups.all_reduce(top.clone(), "max", group)
     rise = torch.where(top == -torch.inf, 0, most - top)
-    sums = torch.stack((total, below - rise * total)) * torch.exp(-rise)
-    sums = groups.all_reduce(sums, "sum", group)
+    sums = groups.all_reduce(torch.stack((total, below - rise * total)) * torch.exp(-rise), "sum", group)
     # the lowest id of the ranks that have the maximum
     lowest = groups.all_reduce(torch.where(top == most, -argmax, -torch.inf), "max", group)
     rows.state = torch.stack((most, *sums, _owned(z_y, group), -lowest), -1)
+
+
+# -- distillation
+
+
+class TaughtPass(KernelPass):
+    """With a dense teacher, whose outputs are given, or made by its head in a buffer."""
+
+    passes = 2
+
+    def __init__(self, rows, logits=None, head=None, index=None, scale=1.0, softcap=0.0, buffer=None):
+        super().__init__(rows, _reduce_dense_distill)
+        self.logits, self.head, self.buffer, self.scale, self.softcap = logits, head, buffer, scale, softcap
+        self.x, self.held = None if head is None else head.input[index].to(head.dtype), None
+
+    def given(self, tile):
+        if self.head is None:
+            outputs = {"t": self.logits[:, tile], "t_bias": None, "t_scale": self.scale, "t_softcap": self.softcap}
+        else:
+            outputs = {"t": self._outputs(tile), "t_scale": self.head.scale, "t_softcap": self.head.softcap,
+                       "t_bias": self.head.bias[tile] if self.head.bias is not None and not self.head.early_bias
+                       else None}
+        return {"teacher": {**outputs, "t_by_token": self.head is None}}
+
+    def _outputs(self, tile):
+        u = self.buffer[: len(self.x), : max(0, min(tile.stop, len(self.head.weight)) - tile.start)]
+        if self.held != tile and u.shape[1]:
+            self.head.outputs(self.x, tile, u)
+        self.held = tile
+        return u
+
+
+def _distill_rows(ids, probs, labels, class_weight, label_weight, device, **options):
+    """(index, count, row_scale) -> the rows of these tokens."""
+    from ssd_core.kernels.distill import DistillRows
+    from ssd_core.kernels.support import merged
+
+    ids, weights = (None, None) if ids is None else merged(ids, probs)
+    class_weight = None if class_weight is None else class_weight.float().contiguous()
+
+    def of(index, count, row_scale):
+        return DistillRows(
+            count, _taken(ids, index), _taken(weights, index), _taken(labels, index), class_weight,
+            _taken(label_weight, index), row_scale, _place(index), device, **options)
+
+    return of
+
+
+def linear_distill(
+    input, linear_weight, linear_bias, ids, probs, teacher_logits, teacher_input, teacher_weight, teacher_bias, labels,
+    rows, *, class_weight, label_weight, row_scale, needs, chunks, keep_float32, dtype, logit_scale, softcap,
+    teacher_logit_scale, teacher_softcap, vocab, vocab_start, group, **options,
+):
+    make = _distill_rows(ids, probs, labels, class_weight, label_weight, input.device, vocab=vocab, **options)
+    teacher_head = buffer = None
+    extent = 0 if teacher_logits is None else teacher_logits.shape[1]
+    if teacher_logits is not None and teacher_logits.stride(1) != 1:
+        teacher_logits = teacher_logits.contiguous()
+    if teacher_input is not None:
+        teacher_head = _head(teacher_input, teacher_weight, teacher_bias, teacher_logit_scale, teacher_softcap,
+                             teacher_input.dtype, chunks)
+        extent = len(teacher_weight)
+        buffer = teacher_input.new_empty(
+            min(chunks.rows, len(input)), min(chunks.tile, extent), dtype=teacher_head.output_dtype)
+
+    def make_pass(index, part):
+        found = make(index, part.stop - part.start, _taken(row_scale, part))
+        if ids is not None:
+            return KernelPass(found, _reduce_sparse_distill)
+        return TaughtPass(found, teacher_logits, teacher_head, index, teacher_logit_scale, teacher_softcap, buffer)
+
+    results, *grads = heads.run(
+        _head(input, linear_weight, linear_bias, logit_scale, softcap, dtype, chunks), make_pass, rows,
+        scaled=row_scale is not None, needs=needs, chunks=chunks, keep_float32=keep_float32, group=group,
+        vocab_start=vocab_start, extent=extent)
+    return *results, *grads
+
+
+def distill(
+    logits, ids, probs, teacher_logits, labels, rows, *, class_weight, label_weight, row_scale, logit_scale, softcap,
+    **options,
+):
+    make = _distill_rows(
+        ids, probs, labels, class_weight, label_weight, logits.device, vocab=logits.shape[1], **options)
+    everything = slice(0, len(logits)) if rows is None else rows
+    found = make(everything, len(logits) if rows is None else len(rows), row_scale)
+    given = {}
+    if teacher_logits is not None:
+        if teacher_logits.stride(1) != 1:
+            teacher_logits = teacher_logits.contiguous()
+        given = TaughtPass(found, teacher_logits, scale=logit_scale, softcap=softcap).given(slice(None))
+    grad = _on_logits(found, logits, row_scale is not None, rows, logit_scale, softcap, **given)
+    return *found.results, grad
+
+
+def _reduce_sparse_distill(rows, group, step) -> None:
+    state = rows.state.clone()
+    _reduce_student(state, rows.state, group)
+    state[:, 11:] = _owned(rows.state[:, 11:], group)
+    rows.state = state
+
+
+def _reduce_dense_distill(rows, group, step) -> None:
+    state = rows.state.clone()
+    if step == 0:
+        _reduce_student(state, rows.state, group)
+        state[:, 7], state[:, 8] = _reduced_sums(rows.state[:, 7], rows.state[:, 8], group)
+    else:
+        state[:, 9:11] = groups.all_reduce(rows.state[:, 9:11].clone(), "sum", group)
+    rows.state = state
+
+
+def _reduce_student(state, mine, group) -> None:
+    """Of the student, and of the cross-entropy that goes with it."""
+    state[:, 0], state[:, 1] = _reduced_sums(mine[:, 0], mine[:, 1], group)
+    state[:, 2], state[:, 3] = _reduced_sums(mine[:, 2], mine[:, 3], group)
+    state[:, 4] = _owned(mine[:, 4], group)
+    state[:, 5], state[:, 6] = _reduced_below(mine[:, 5], mine[:, 6], mine[:, 2], state[:, 2], group)
