@@ -8,7 +8,7 @@ class weights c:
     dloss/dz_j = q_j on_q - factor * (c_y (1 - eps) w_j + eps / V c_j),   q = softmax(z)
 
 A bucket adds p_tail = 1 - S on all other ids together: p_tail (lse - lse_off) to nll, -p_tail exp(z_j - lse_off) off
-the support. Class probabilities d take the place of w: c_j ((1 - eps) d_j + eps / V) instead of c_y w_j and eps / V c_j.
+the support. Class probabilities d take the place of w: c_j ((1 - eps) d_j + eps / V), not c_y w_j and eps / V c_j.
 
 One program has one row, in blocks of columns: it looks at all of them, and once more for the gradient. If the columns
 come in tiles, or from several ranks, what was seen so far waits in ``state``.
@@ -247,8 +247,8 @@ class CrossEntropyRows:
         self.state = None
 
     def run(
-        self, x, grad, bias=None, column=0, first_id=0, *, scale=1.0, softcap=0.0, by_token=False, look=True, finish=True,
-        step=0,
+        self, x, grad, bias=None, column=0, first_id=0, *, scale=1.0, softcap=0.0, by_token=False, look=True,
+        finish=True, step=0,
     ):
         """Look at raw outputs ``x`` (R, C), of this rank's columns ``column`` and so on, whose ids are ``first_id`` and
         so on; write results; write the gradient with respect to x into ``grad``, unless it is None: x itself, or what

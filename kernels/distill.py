@@ -1,5 +1,5 @@
-"""Divergence of rows of logits from a teacher, and its gradient in their place or beside them; a cross-entropy with hard
-labels at temperature 1 may go with it.
+"""Divergence of rows of logits from a teacher, and its gradient in their place or beside them; a cross-entropy with
+hard labels at temperature 1 may go with it.
 
 With the student's and the teacher's log-probabilities log q and log p at the divergence's temperature, the terms and
 slopes of ``kernels.divergences``, summed over the vocabulary, or from a sparse teacher over K + 1 buckets: its ids, and
@@ -64,7 +64,8 @@ def _label_loss(
     label_weight = tl.load(label_weight_ptr + row) if HAS_LABEL_WEIGHT else 1.0
     mass = 1.0 if HAS_LABELS else 0.0
     loss, on_q, sharp, each = loss_of(
-        nll, mass, lse, below + weight * log_total, weight, label_weight, label_smoothing, vocab, z_loss, factor, SMOOTH)
+        nll, mass, lse, below + weight * log_total, weight, label_weight, label_smoothing, vocab, z_loss, factor,
+        SMOOTH)
     return loss, nll, lse, on_q, sharp * mass, each
 
 

@@ -62,7 +62,8 @@ class KernelPass:
         late = head.bias is not None and not head.early_bias
         grad = head.in_place(u) if scaled else None
         bias = head.bias[tile] if late else None
-        self.rows.run(u, grad, bias, tile.start, first, scale=head.scale, softcap=head.softcap, **self.given(tile), **steps)
+        self.rows.run(u, grad, bias, tile.start, first, scale=head.scale, softcap=head.softcap, **self.given(tile),
+                      **steps)
         return grad
 
 
@@ -182,10 +183,12 @@ def linear_logprob(
     input, linear_weight, linear_bias, ids, rows, *, row_scale, needs, chunks, keep_float32, dtype, logit_scale,
     softcap, temperature, vocab_start, group,
 ):
+    def make_pass(index, part):
+        return KernelPass(_logprob_rows(ids, index, _taken(row_scale, part), temperature), _reduce_logprob)
+
     results, *grads = heads.run(
-        _head(input, linear_weight, linear_bias, logit_scale, softcap, dtype, chunks),
-        lambda index, part: KernelPass(_logprob_rows(ids, index, _taken(row_scale, part), temperature), _reduce_logprob),
-        rows, scaled=row_scale is not None, needs=needs, chunks=chunks, keep_float32=keep_float32, group=group,
+        _head(input, linear_weight, linear_bias, logit_scale, softcap, dtype, chunks), make_pass, rows,
+        scaled=row_scale is not None, needs=needs, chunks=chunks, keep_float32=keep_float32, group=group,
         vocab_start=vocab_start)
     return *results, *grads
 

@@ -50,7 +50,7 @@ class Head(NamedTuple):
         return self.bias is not None and self.bias.dtype == self.output_dtype
 
     def in_place(self, u) -> torch.Tensor:
-        """Where the gradient takes the place of outputs u (R, C): of ``dtype``, each row at the beginning of its own."""
+        """Where the gradient takes the place of outputs u (R, C): in ``dtype``, each row where its outputs begin."""
         return u if u.dtype == self.dtype else u.view(self.dtype)[:, : u.shape[1]]
 
     def outputs(self, x, tile: slice, out: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from suite import OPS, check_op, each_backend, each_case, gradients, hard, on_logits, pool, sparse, upstream_of
+from suite import OPS, TOKENS, check_op, each_backend, each_case, gradients, hard, on_logits, pool, sparse, upstream_of
 
 from ssd_core import SparseTarget, cross_entropy, linear_cross_entropy
 from ssd_core.ops.linear_cross_entropy import LossStats
@@ -27,7 +27,7 @@ def same(loss, true, z):
 @pytest.mark.parametrize(("tail", "total"), [
     ("none", 1.0), ("none", 0.6), ("renormalise", 0.6), ("bucket", 0.6), ("bucket", 1.0)])
 def test_sparse_targets(backend, dtype, reduction, tail, total):
-    upstream = upstream_of(OP, 131, 601) if reduction == "none" else -1.5
+    upstream = upstream_of(OP, TOKENS, 601) if reduction == "none" else -1.5
     check_op(OP, backend, dtype, on_logits(sparse(dtype, total=total)), reduction=reduction, tail=tail,
              upstream=upstream, seeds=pool(dtype))
 
@@ -68,7 +68,7 @@ def test_it_is_pytorchs(backend, reduction, options):
 @each_option
 def test_class_probabilities_are_pytorchs(backend, reduction, options):
     z, _ = on_logits(hard(ignored=0))(0)
-    dense = F.softmax(torch.randn(131, 601, generator=RANDOM), -1)
+    dense = F.softmax(torch.randn(TOKENS, 601, generator=RANDOM), -1)
     same(cross_entropy(z, dense, reduction=reduction, backend=backend, **options),
          F.cross_entropy(z, dense, reduction=reduction, **options), z)
 
@@ -97,7 +97,7 @@ def test_infinite_logits_of_the_target(backend):
 def test_importance_weights_may_repeat_ids_and_not_sum_to_one(backend):
     """Random-sampling distillation: m draws of weight 1 / m are the sum of m hard losses."""
     z, _ = on_logits(hard())(0)
-    ids = torch.randint(601, (131, 4), generator=RANDOM, dtype=torch.int32)
+    ids = torch.randint(601, (TOKENS, 4), generator=RANDOM, dtype=torch.int32)
     ids[:, 1] = ids[:, 0]
     each = [cross_entropy(z, ids[:, k], backend=backend) for k in range(4)]
     same(cross_entropy(z, SparseTarget(ids, torch.full(ids.shape, 0.75)), backend=backend), 0.75 * sum(each), z)
@@ -144,17 +144,19 @@ def test_it_is_linear_cross_entropy_of_a_head_that_does_nothing(backend, kind):
 
 @pytest.mark.parametrize(("change", "error_type", "message"), [
     ({"target": [1, 2]}, TypeError, "target: expected a tensor or a SparseTarget, got list"),
-    ({"target": torch.zeros(131)}, ValueError, r"target: expected integer labels, got float32 \(131,\)"),
-    ({"target": torch.zeros(131, 600)}, ValueError, r"target: expected \(131,\) like .*, got \(131, 600\)"),
+    ({"target": torch.zeros(TOKENS)}, ValueError, rf"target: expected integer labels, got float32 \({TOKENS},\)"),
+    ({"target": torch.zeros(TOKENS, 600)}, ValueError,
+     rf"target: expected \({TOKENS},\) like .*, got \({TOKENS}, 600\)"),
     ({"tail": "drop"}, ValueError, "tail: expected"),
     ({"tail": "bucket"}, ValueError, "tail: expected 'none' with hard labels and class probabilities, got 'bucket'"),
-    ({"target": SparseTarget(torch.zeros(131, 2).int(), torch.tensor([[1.0, -0.5]]).repeat(131, 1))}, ValueError,
+    ({"target": SparseTarget(torch.zeros(TOKENS, 2).int(), torch.tensor([[1.0, -0.5]]).repeat(TOKENS, 1))}, ValueError,
      "target.probs: expected weights of at least 0, got a negative one"),
-    ({"target": SparseTarget(torch.zeros(131, 2).int(), torch.ones(131, 2)), "weight": WEIGHT}, ValueError,
+    ({"target": SparseTarget(torch.zeros(TOKENS, 2).int(), torch.ones(TOKENS, 2)), "weight": WEIGHT}, ValueError,
      "weight: expected None with a SparseTarget, got class weights"),
-    ({"target": torch.ones(131, 601), "ignore_index": 3}, ValueError,
+    ({"target": torch.ones(TOKENS, 601), "ignore_index": 3}, ValueError,
      "ignore_index: expected None with class probabilities, got 3"),
-    ({"target": torch.ones(131, 601, requires_grad=True)}, ValueError, "target: expected constant class probabilities"),
+    ({"target": torch.ones(TOKENS, 601, requires_grad=True)}, ValueError,
+     "target: expected constant class probabilities"),
 ])
 def test_errors_name_argument_expected_and_given(change, error_type, message):
     z, y = on_logits(hard())(0)

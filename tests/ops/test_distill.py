@@ -3,7 +3,19 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from suite import OPS, Taught, check_op, each_backend, each_case, gradients, on_logits, pool, taught, upstream_of
+from suite import (
+    OPS,
+    TOKENS,
+    Taught,
+    check_op,
+    each_backend,
+    each_case,
+    gradients,
+    on_logits,
+    pool,
+    taught,
+    upstream_of,
+)
 from test_linear_distill import BETAS, MEASURES, TAILS
 
 from ssd_core import SparseTarget, TeacherHidden, TeacherLogits, distill, linear_distill
@@ -29,7 +41,7 @@ def loss_and_grad(z, teacher, **options):
 @pytest.mark.parametrize(("kind", "divergence", "beta", "tail"), [m for m in MEASURES if m[0] != "hidden"])
 def test_every_measure(backend, dtype, kind, divergence, beta, tail):
     check_op(OP, backend, dtype, drawn(kind, dtype), divergence=divergence, beta=beta, tail=tail, temperature=1.5,
-             temperature_squared=True, reduction="none", upstream=upstream_of(OP, 131, 601), seeds=pool(dtype))
+             temperature_squared=True, reduction="none", upstream=upstream_of(OP, TOKENS, 601), seeds=pool(dtype))
 
 
 @each_backend
@@ -168,7 +180,7 @@ def test_any_ignore_index(backend, ignore_index):
 
 
 @pytest.mark.parametrize(("change", "error_type", "message"), [
-    ({"teacher": TeacherHidden(torch.zeros(131, 3), torch.zeros(601, 3))}, TypeError,
+    ({"teacher": TeacherHidden(torch.zeros(TOKENS, 3), torch.zeros(601, 3))}, TypeError,
      "teacher: expected a SparseTarget or TeacherLogits, got TeacherHidden"),
     ({"divergence": "kl"}, ValueError, "divergence: expected 'forward_kl', 'reverse_kl' or 'jsd', got 'kl'"),
     ({"beta": -0.5}, ValueError, r"beta: expected a number in \[0, 1\], got -0.5"),
@@ -176,7 +188,7 @@ def test_any_ignore_index(backend, ignore_index):
     ({"tail": "none"}, ValueError, "tail: expected 'bucket', 'renormalise' or 'support', got 'none'"),
     ({"tail": "renormalise", "divergence": "reverse_kl"}, ValueError, "tail: expected 'bucket' or 'support'"),
     ({"temperature_squared": 1}, TypeError, "temperature_squared: expected True or False, got int"),
-    ({"target": torch.zeros(131)}, ValueError, r"target: expected integer labels, got float32 \(131,\)"),
+    ({"target": torch.zeros(TOKENS)}, ValueError, rf"target: expected integer labels, got float32 \({TOKENS},\)"),
 ])
 def test_errors_name_argument_expected_and_given(change, error_type, message):
     z, (teacher, _) = drawn("sparse")(0)

@@ -7,6 +7,7 @@ import torch
 from suite import (
     DTYPES,
     OPS,
+    TOKENS,
     VOCABULARIES,
     Taught,
     as_tuple,
@@ -105,7 +106,7 @@ def same(found, true):
 @every(dtypes=DTYPES)
 def test_results_and_gradients(op, backend, dtype):
     """Upstream gradients of every sign and size, one for each token; odd N."""
-    check_op(op, backend, dtype, upstream=upstream_of(op, 131, 601), **each_token(op))
+    check_op(op, backend, dtype, upstream=upstream_of(op, TOKENS, 601), **each_token(op))
 
 
 @every(reduced, dtypes=DTYPES)
@@ -129,13 +130,13 @@ def test_vocabulary_sizes(op, backend, vocab):
 
 
 @every(linear, dtypes=DTYPES)
-@pytest.mark.parametrize("plan", [(7, 64, 601), (131, 601, 100), (11, 33, 97)], ids=str)
+@pytest.mark.parametrize("plan", [(7, 64, 601), (TOKENS, 601, 100), (11, 33, 97)], ids=str)
 def test_any_chunks(op, backend, dtype, plan, monkeypatch):
     """Rows, columns of the vocabulary at a time, and both. 16-bit products of a part are rounded before they are added
     up: by a third of the half-ulp squared, and nothing else is lost."""
     once = torch.finfo(dtype).eps / 2 / 3**0.5 if dtype.itemsize == 2 else 0.0
     with planned(monkeypatch, op.name, *plan):
-        check_op(op, backend, dtype, upstream=upstream_of(op, 131, 601), extra=once, seeds=4, **each_token(op))
+        check_op(op, backend, dtype, upstream=upstream_of(op, TOKENS, 601), extra=once, seeds=4, **each_token(op))
         if op.reduced:
             check_op(op, backend, dtype, upstream=-2.0, extra=once, seeds=4)
 
@@ -144,14 +145,14 @@ def test_any_chunks(op, backend, dtype, plan, monkeypatch):
 def test_any_blocks(op, backend, monkeypatch):
     """The rows that are worked on while they are in cache: a few, the last fewer."""
     monkeypatch.setattr("ssd_core.chunked.logits.block_elements", lambda device: 601 * 17)
-    check_op(op, backend, torch.float32, upstream=upstream_of(op, 131, 601), seeds=2, **each_token(op))
+    check_op(op, backend, torch.float32, upstream=upstream_of(op, TOKENS, 601), seeds=2, **each_token(op))
 
 
 @every(linear)
 def test_chunks_and_blocks_change_nothing_but_rounding(op, backend, monkeypatch):
     problem = op.draw()(0)
     true = run(op, backend, problem)
-    for plan in ((5, 64, 601), (131, 601, 64), (9, 64, 64)):
+    for plan in ((5, 64, 601), (TOKENS, 601, 64), (9, 64, 64)):
         with planned(monkeypatch, op.name, *plan):
             results, grads = run(op, backend, problem)
         for found, whole in zip((*results, *grads), (*true[0], *true[1]), strict=True):
@@ -197,7 +198,7 @@ def test_a_common_offset_costs_no_digits(op, backend, offset):
         teacher = (target.teacher.logits * 8).round() / 8
         target = target._replace(teacher=TeacherLogits(teacher - offset))
         true = target._replace(teacher=TeacherLogits(teacher))
-    upstream = upstream_of(op, 131, 65)
+    upstream = upstream_of(op, TOKENS, 65)
     found = run(op, backend, ((z + offset).requires_grad_(), target), upstream, **each_token(op))
     leaf = z.double().requires_grad_()
     results = as_tuple(op.define(leaf, true, **each_token(op)))
@@ -244,7 +245,7 @@ def test_excluded_logits_have_probability_zero(op, backend):
     if isinstance(target, Taught) and isinstance(target.teacher, TeacherLogits):
         target = target._replace(teacher=TeacherLogits(target.teacher.logits.masked_fill(spared, -torch.inf)))
     z = z.detach().masked_fill(spared, -torch.inf).requires_grad_()
-    results, (grad,) = run(op, backend, (z, target), upstream_of(op, 131, 30), **each_token(op))
+    results, (grad,) = run(op, backend, (z, target), upstream_of(op, TOKENS, 30), **each_token(op))
     leaf = z.detach().double().requires_grad_()
     true = as_tuple(op.define(leaf, target, **each_token(op)))
     finite = [t.isfinite() for t in true]
@@ -318,7 +319,7 @@ def test_all_ignored_is_zero_not_nan(op, backend, dtype):
 @every(reduced)
 def test_weights_of_zero_are_zero_not_nan(op, backend):
     *leaves, target = op.draw()(0)
-    results, grads = run(op, backend, (*leaves, target), token_weight=torch.zeros(131))
+    results, grads = run(op, backend, (*leaves, target), token_weight=torch.zeros(TOKENS))
     assert all((t == 0).all() for t in (*results, *grads))
 
 
@@ -347,7 +348,7 @@ def test_ignored_tokens_meet_no_product(op, backend):
 @every(reduced, dtypes=DTYPES)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_token_weights(op, backend, dtype, reduction):
-    check_op(op, backend, dtype, token_weight=torch.rand(131, generator=torch.Generator().manual_seed(0)) * 2,
+    check_op(op, backend, dtype, token_weight=torch.rand(TOKENS, generator=torch.Generator().manual_seed(0)) * 2,
              reduction=reduction, seeds=4)
 
 
@@ -393,7 +394,7 @@ def test_two_backwards_through_one_graph(op, backend):
     for options in modes(op):
         total = sum(r.sum() for r in as_tuple(op.call(*leaves, target, backend=backend, **options)))
         if "softmax" in op.name:        # the sum of a softmax is constant
-            total = (op.call(*leaves, target, backend=backend) * upstream_of(op, 131, 601)).sum()
+            total = (op.call(*leaves, target, backend=backend) * upstream_of(op, TOKENS, 601)).sum()
         first = gradients(total, leaves, 3.0, retain_graph=True)
         first = [g.clone() for g in first]
         second = gradients(total, leaves, -2.0)
@@ -540,8 +541,9 @@ def test_errors_of_shared_options(op, change, message):
     ({"z_loss": float("nan")}, "z_loss: expected a finite number, at least 0, got nan"),
     ({"z_loss": -0.1}, "z_loss: expected a finite number, at least 0, got -0.1"),
     ({"label_smoothing": 1.5}, r"label_smoothing: expected a number in \[0, 1\], got 1.5"),
-    ({"token_weight": torch.zeros(130)}, r"token_weight: expected floating point \(131,\), got float32 \(130,\)"),
-    ({"token_weight": torch.ones(131, requires_grad=True)}, "token_weight: expected a constant"),
+    ({"token_weight": torch.zeros(TOKENS - 1)},
+     rf"token_weight: expected floating point \({TOKENS},\), got float32 \({TOKENS - 1},\)"),
+    ({"token_weight": torch.ones(TOKENS, requires_grad=True)}, "token_weight: expected a constant"),
     ({"num_items_in_batch": torch.ones(2)}, r"num_items_in_batch: expected a number or 0-d tensor, got .*2"),
     ({"weight": torch.zeros(600)}, r"weight: expected floating point \(601,\), got float32 \(600,\)"),
     ({"weight": torch.zeros(601, requires_grad=True)}, "weight: expected a constant"),
@@ -554,8 +556,9 @@ def test_errors_of_shared_options_of_losses(op, change, message):
 
 @pytest.mark.parametrize("op", [op for op in OPS.values() if op.linear], ids=str)
 @pytest.mark.parametrize(("place", "wrong", "message"), [
-    (0, torch.zeros(131, 31), r"linear_weight: expected \(V, 31\), got float32 \(601, 32\)"),
-    (0, torch.zeros(131, 32).long(), r"input: expected floating point \(..., D\) with D > 0, got int64 \(131, 32\)"),
+    (0, torch.zeros(TOKENS, 31), r"linear_weight: expected \(V, 31\), got float32 \(601, 32\)"),
+    (0, torch.zeros(TOKENS, 32).long(),
+     rf"input: expected floating point \(..., D\) with D > 0, got int64 \({TOKENS}, 32\)"),
     (0, torch.tensor(1.0), r"input: expected floating point \(..., D\) with D > 0, got float32 \(\)"),
     (1, torch.zeros(601, 31), r"linear_weight: expected \(V, 32\), got float32 \(601, 31\)"),
     (1, torch.zeros(601, 32).double(), "linear_weight: expected torch.float32 like input, got torch.float64"),
@@ -580,7 +583,7 @@ def test_errors_of_groups(op, change, error_type, message):
 
 
 @pytest.mark.parametrize("op", [op for op in OPS.values() if not op.linear], ids=str)
-@pytest.mark.parametrize("wrong", [torch.zeros(131, 601).long(), torch.tensor(1.0), torch.zeros(131, 0)])
+@pytest.mark.parametrize("wrong", [torch.zeros(TOKENS, 601).long(), torch.tensor(1.0), torch.zeros(TOKENS, 0)])
 def test_errors_of_logits(op, wrong):
     _, target = op.draw()(0)
     with pytest.raises(ValueError, match=r"logits: expected floating point \(..., V\) with V > 0, got "):
@@ -593,5 +596,5 @@ def test_errors_of_logits(op, wrong):
 def test_targets_of_another_shape_are_named(op):
     *leaves, target = op.draw()(0)
     name = "teacher" if isinstance(target, Taught) else "target"
-    with pytest.raises(ValueError, match=rf"{name}: expected \(131,\) like .*, got \(130,\)"):
-        op.call(*leaves, taken(target, slice(130)))
+    with pytest.raises(ValueError, match=rf"{name}: expected \({TOKENS},\) like .*, got \({TOKENS - 1},\)"):
+        op.call(*leaves, taken(target, slice(TOKENS - 1)))

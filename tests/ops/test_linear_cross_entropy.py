@@ -4,7 +4,7 @@ import pytest
 import suite
 import torch
 import torch.nn.functional as F
-from suite import OPS, flops, hard, planned, problem, soft, sparse
+from suite import OPS, TOKENS, flops, hard, planned, problem, soft, sparse
 from tolerances import error
 
 from ssd_core import LinearCrossEntropyLoss, SparseTarget, linear_cross_entropy, native
@@ -35,7 +35,7 @@ def test_the_extension_is_built():
 @each_case
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_hard_labels(backend, dtype, reduction):
-    upstream = torch.linspace(-2, 3, 131, dtype=torch.float64) if reduction == "none" else -2.0
+    upstream = torch.linspace(-2, 3, TOKENS, dtype=torch.float64) if reduction == "none" else -2.0
     check(backend, dtype, hard(dtype=dtype), reduction=reduction, upstream=upstream)
 
 
@@ -69,7 +69,7 @@ def test_options(backend, dtype, options, kind):
 @each_case
 @pytest.mark.parametrize(("smoothing", "reduction"), [(0.0, "mean"), (0.2, "mean"), (0.2, "none")])
 def test_class_weights_and_token_weights(backend, dtype, smoothing, reduction):
-    weight, token_weight = torch.rand(601) + 0.1, torch.rand(131) * 2
+    weight, token_weight = torch.rand(601) + 0.1, torch.rand(TOKENS) * 2
     check(backend, dtype, hard(dtype=dtype), weight=weight, token_weight=token_weight, label_smoothing=smoothing,
           reduction=reduction)
 
@@ -334,15 +334,16 @@ def test_a_label_outside_the_vocabulary_is_named(label, kind):
     ({"linear_weight": torch.zeros(601, 31)}, ValueError,
      r"linear_weight: expected \(V, 32\), got float32 \(601, 31\)"),
     ({"linear_weight": torch.zeros(601, 32).double()}, ValueError, "linear_weight: expected torch.float32 like input"),
-    ({"target": torch.zeros(130, dtype=torch.int64)}, ValueError, r"target: expected \(131,\) like input"),
-    ({"target": torch.zeros(131)}, ValueError, "target: expected integer labels"),
-    ({"target": torch.zeros(131, 600)}, ValueError, r"target: expected \(131,\) like input without D, got \(131, 600"),
+    ({"target": torch.zeros(TOKENS - 1, dtype=torch.int64)}, ValueError, rf"target: expected \({TOKENS},\) like input"),
+    ({"target": torch.zeros(TOKENS)}, ValueError, "target: expected integer labels"),
+    ({"target": torch.zeros(TOKENS, 600)}, ValueError,
+     rf"target: expected \({TOKENS},\) like input without D, got \({TOKENS}, 600"),
     ({"target": [1, 2]}, TypeError, "target: expected a tensor or a SparseTarget, got list"),
     ({"linear_bias": torch.zeros(600)}, ValueError, r"linear_bias: expected floating point \(601,\)"),
     ({"weight": torch.zeros(601, requires_grad=True)}, ValueError, "weight: expected a constant"),
-    ({"token_weight": torch.zeros(130)}, ValueError, "token_weight: expected"),
+    ({"token_weight": torch.zeros(TOKENS - 1)}, ValueError, "token_weight: expected"),
     ({"backend": "cuda-graphs"}, UsageError, "backend: expected 'auto' or one of"),
-    ({"input": torch.zeros(131, 32).double(), "linear_weight": torch.zeros(601, 32).double(), "backend": "cpu"},
+    ({"input": torch.zeros(TOKENS, 32).double(), "linear_weight": torch.zeros(601, 32).double(), "backend": "cpu"},
      UsageError, "it serves float32, bfloat16, float16, not float64"),
     ({"grad_filter": 1.0}, ValueError, r"grad_filter: expected a number in \[0, 1\), got 1.0"),
     ({"grad_filter_weight": float("nan")}, ValueError, r"grad_filter_weight: expected a number in \[0, 1\), got nan"),

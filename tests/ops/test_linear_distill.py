@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from suite import (
     OPS,
+    TOKENS,
     Taught,
     check_op,
     each_backend,
@@ -62,7 +63,7 @@ def test_every_measure(backend, dtype, kind, divergence, beta, tail):
     meet a support: their quantiles need more problems."""
     seeds = pool(dtype) * (2 if tail == "support" else 1)
     check_op(OP, backend, dtype, taught(kind, dtype), divergence=divergence, beta=beta, tail=tail, temperature=1.5,
-             temperature_squared=True, reduction="none", upstream=upstream_of(OP, 131, 601), seeds=seeds)
+             temperature_squared=True, reduction="none", upstream=upstream_of(OP, TOKENS, 601), seeds=seeds)
 
 
 @each_backend
@@ -208,7 +209,7 @@ def test_a_support_of_the_whole_vocabulary(backend, divergence, tail):
 
     def draw(seed):
         x, w, b, _ = problem(v=5, seed=seed)
-        teacher = soft(131, 5, k=5, total=0.8, seed=seed)
+        teacher = soft(TOKENS, 5, k=5, total=0.8, seed=seed)
         return x, w, b, Taught(teacher, None)
 
     check_op(OP, backend, torch.float32, draw, divergence=divergence, tail=tail, seeds=2)
@@ -355,17 +356,17 @@ def test_shift_predicts_the_next_token(backend, kind, reduction):
 @pytest.mark.parametrize("labels", [True, False])
 def test_stats(backend, kind, labels):
     x, w, b, (teacher, y) = taught(kind, labels=labels)(0)
-    token_weight = torch.rand(131)
+    token_weight = torch.rand(TOKENS)
     loss, stats = linear_distill(
         x, w, teacher, target=y, linear_bias=b, temperature=2.0, temperature_squared=True, token_weight=token_weight,
         ce_weight=0.3 * labels, reduction="none", return_stats=True, backend=backend)
     assert isinstance(stats, DistillStats) and not any(t.requires_grad for t in stats)
     z = F.linear(x, w, b).detach()
-    valid = torch.ones(131, dtype=torch.bool) if y is None else y != -100
+    valid = torch.ones(TOKENS, dtype=torch.bool) if y is None else y != -100
     if kind == "sparse":
         valid = valid & (teacher.probs > 0).any(-1)
     torch.testing.assert_close(stats.lse, torch.where(valid, z.logsumexp(-1), 0))
-    nll = F.cross_entropy(z, y, reduction="none") if labels else torch.zeros(131)
+    nll = F.cross_entropy(z, y, reduction="none") if labels else torch.zeros(TOKENS)
     torch.testing.assert_close(stats.nll, torch.where(valid, nll, 0))
     alone = linear_distill(x, w, teacher, target=y, linear_bias=b, temperature=2.0, temperature_squared=True,
                            reduction="none", backend=backend)
@@ -421,7 +422,7 @@ def test_module_holds_options():
 
 
 @pytest.mark.parametrize(("change", "error_type", "message"), [
-    ({"teacher": torch.zeros(131, 601)}, TypeError,
+    ({"teacher": torch.zeros(TOKENS, 601)}, TypeError,
      "teacher: expected a SparseTarget, TeacherLogits or TeacherHidden, got Tensor"),
     ({"divergence": "kl"}, ValueError, "divergence: expected 'forward_kl', 'reverse_kl' or 'jsd', got 'kl'"),
     ({"beta": 1.5}, ValueError, r"beta: expected a number in \[0, 1\], got 1.5"),
@@ -430,10 +431,11 @@ def test_module_holds_options():
     ({"ce_weight": 0.5}, ValueError, r"target: expected labels for the cross-entropy \(ce_weight > 0\), got None"),
     ({"tail": "none"}, ValueError, "tail: expected 'bucket', 'renormalise' or 'support', got 'none'"),
     ({"temperature_squared": 2.0}, TypeError, "temperature_squared: expected True or False, got float"),
-    ({"target": torch.zeros(130).long()}, ValueError, r"target: expected \(131,\) like input without D, got \(130,\)"),
-    ({"target": torch.zeros(131)}, ValueError, r"target: expected integer labels, got float32 \(131,\)"),
+    ({"target": torch.zeros(TOKENS - 1).long()}, ValueError,
+     rf"target: expected \({TOKENS},\) like input without D, got \({TOKENS - 1},\)"),
+    ({"target": torch.zeros(TOKENS)}, ValueError, rf"target: expected integer labels, got float32 \({TOKENS},\)"),
     ({"target": [1, 2]}, TypeError, "target: expected a tensor of labels, got list"),
-    ({"teacher": SparseTarget(torch.zeros(131, 2).int(), torch.tensor([[1.0, -0.5]]).repeat(131, 1))}, ValueError,
+    ({"teacher": SparseTarget(torch.zeros(TOKENS, 2).int(), torch.tensor([[1.0, -0.5]]).repeat(TOKENS, 1))}, ValueError,
      "teacher.probs: expected weights of at least 0, got a negative one"),
 ])
 def test_errors_name_argument_expected_and_given(change, error_type, message):

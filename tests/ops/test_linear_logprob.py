@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from suite import OPS, check_op, each_backend, each_case, flops, gradients, hard, planned, pool, problem
+from suite import OPS, TOKENS, check_op, each_backend, each_case, flops, gradients, hard, planned, pool, problem
 from tolerances import error
 
 from ssd_core import linear_logprob
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 OP = OPS["linear_logprob"]
 each_backend, each_case = each_backend(OP.name), each_case(OP.name)
-UPSTREAM = torch.linspace(-2, 3, 131, dtype=torch.float64)
+UPSTREAM = torch.linspace(-2, 3, TOKENS, dtype=torch.float64)
 
 
 @each_case
@@ -138,7 +138,7 @@ def test_any_ignore_index(backend, ignore_index):
 def test_a_policy_gradient_with_an_entropy_bonus(backend):
     """What an RL trainer makes of it: clipped ratios times advantages, of either sign."""
     x, w, b, y = problem(ignored=0)
-    advantage, before = torch.linspace(-1, 1, 131), torch.linspace(-9, -1, 131)
+    advantage, before = torch.linspace(-1, 1, TOKENS), torch.linspace(-9, -1, TOKENS)
 
     def loss(logprob, entropy):
         ratio = (logprob - before).clamp(-4, 4).exp()
@@ -168,14 +168,14 @@ def test_products_counted(backend):
 
 
 def test_the_result_is_named():
-    found = linear_logprob(*[t for t in hard()(0) if t.ndim > 1][:2], torch.zeros(131).long())
+    found = linear_logprob(*[t for t in hard()(0) if t.ndim > 1][:2], torch.zeros(TOKENS).long())
     assert found._fields == ("logprob", "entropy", "lse", "argmax")
 
 
 @pytest.mark.parametrize(("change", "error_type", "message"), [
-    ({"target": torch.zeros(131)}, ValueError, r"target: expected integer labels, got float32 \(131,\)"),
+    ({"target": torch.zeros(TOKENS)}, ValueError, rf"target: expected integer labels, got float32 \({TOKENS},\)"),
     ({"target": [1, 2]}, TypeError, "target: expected a tensor, got list"),
-    ({"target": torch.zeros(131, 1).long()}, ValueError, r"target: expected \(131,\) like input without D"),
+    ({"target": torch.zeros(TOKENS, 1).long()}, ValueError, rf"target: expected \({TOKENS},\) like input without D"),
 ])
 def test_errors_name_argument_expected_and_given(change, error_type, message):
     x, w, b, y = problem()

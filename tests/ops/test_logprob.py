@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from suite import OPS, check_op, each_backend, each_case, gradients, hard, on_logits, pool
+from suite import OPS, TOKENS, check_op, each_backend, each_case, gradients, hard, on_logits, pool
 from tolerances import error
 
 from ssd_core import linear_logprob, logprob
@@ -11,7 +11,7 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 OP = OPS["logprob"]
 each_backend, each_case = each_backend(OP.name), each_case(OP.name)
-UPSTREAM = torch.linspace(-2, 3, 131, dtype=torch.float64)
+UPSTREAM = torch.linspace(-2, 3, TOKENS, dtype=torch.float64)
 
 
 @each_case
@@ -48,7 +48,7 @@ def test_minus_infinity_of_the_target_and_of_all(backend):
     found = logprob(z, y, backend=backend)
     assert found.logprob[2] == -torch.inf and found.entropy[2].isfinite()
     assert found.logprob[5].isnan() and found.entropy[5].isnan()
-    fine = torch.ones(131, dtype=torch.bool).index_fill(0, torch.tensor([2, 5]), False)
+    fine = torch.ones(TOKENS, dtype=torch.bool).index_fill(0, torch.tensor([2, 5]), False)
     assert found.logprob[fine].isfinite().all() and found.entropy[fine].isfinite().all()
 
 
@@ -84,7 +84,7 @@ def test_any_ignore_index(backend, ignore_index):
 
 
 @pytest.mark.parametrize(("change", "error_type", "message"), [
-    ({"target": torch.zeros(131)}, ValueError, r"target: expected integer labels, got float32 \(131,\)"),
+    ({"target": torch.zeros(TOKENS)}, ValueError, rf"target: expected integer labels, got float32 \({TOKENS},\)"),
     ({"target": [1, 2]}, TypeError, "target: expected a tensor, got list"),
 ])
 def test_errors_name_argument_expected_and_given(change, error_type, message):
