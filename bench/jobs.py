@@ -27,6 +27,7 @@ class Job:
     workspaces: tuple[int, ...] = ()        # MiB; empty: the device's usual ones
     most_flops: float | None = None         # of an op from hidden states: fewer tokens where that is too slow
     most_logits: float | None = None        # elements of (N, V): the same for an op on logits
+    threads: tuple[int, ...] = ()           # each variant of ours once with each of these; empty: with all
     cache: str = "build/bench"
     axis: str = ""                          # "N", "V" or "D": a point of a plot over it
 
@@ -42,7 +43,7 @@ class Job:
     @staticmethod
     def from_json(text: str) -> Job:
         fields = json.loads(text)
-        return Job(**{**fields, "workspaces": tuple(fields["workspaces"])})
+        return Job(**{**fields, "workspaces": tuple(fields["workspaces"]), "threads": tuple(fields["threads"])})
 
     def problem(self) -> ops.Problem:
         head, op = cases.head(self.case), ops.OPS[self.op]
@@ -56,7 +57,22 @@ class Job:
 
     def variants(self, softcap) -> list[peers.Variant]:
         device = torch.device(self.device).type
-        return peers.variants(self.op, device, getattr(torch, self.dtype), softcap, self.workspaces)
+        found = peers.variants(self.op, device, getattr(torch, self.dtype), softcap, self.workspaces)
+        return found if not self.threads else [
+            one for v in found for one in ([_with_threads(v, n) for n in self.threads] if v.ours else [v])]
+
+
+def _with_threads(variant, number: int):
+    def call(*arguments, **options):
+        before = torch.get_num_threads()
+        torch.set_num_threads(number)
+        try:
+            return variant.function(*arguments, **options)
+        finally:
+            torch.set_num_threads(before)
+
+    return dataclasses.replace(variant, name=f"{variant.name}, {number} thread{'s' * (number > 1)}",
+                               function=variant.function and call)
 
 
 def run(job: Job, *, wanted=(), samples: int = 20, budget: float = math.inf, memory: bool = True) -> dict:

@@ -38,6 +38,7 @@ Samples = Annotated[int, typer.Option(min=0, help="timed calls of each variant; 
 Budget = Annotated[float, typer.Option(help="seconds of timing for each op, case and dtype; 0: no limit")]
 Memory = Annotated[bool, typer.Option(help="measure peak extra memory")]
 Frozen = Annotated[bool, typer.Option("--frozen", help="the head gets no gradient")]
+Threads = Annotated[str, typer.Option(help="comma-separated; each variant of ours once with each; empty: with all")]
 MostFlops = Annotated[float, typer.Option(help="of a floor: fewer tokens above that; 0: no limit [4e11 on a CPU]",
                                           show_default=False)]
 MostLogits = Annotated[float, typer.Option(help="of an op on logits, elements: fewer tokens above that; 0: no limit "
@@ -58,8 +59,8 @@ def run(
     batch: Annotated[str, typer.Option(help="rows of `sample`, comma-separated")] = "32",
     dtypes: Dtypes = "float32,bfloat16", devices: Devices = "auto", frozen: Frozen = False, peers: Peers = "",
     workspaces: Workspaces = "", samples: Samples = 20, budget: Budget = 0, memory: Memory = True,
-    most_flops: MostFlops = -1, most_logits: MostLogits = -1, cache: Cache = Path("build/bench"), out: Out = None,
-    resume: Resume = False, readme: Readme = None,
+    threads: Threads = "", most_flops: MostFlops = -1, most_logits: MostLogits = -1,
+    cache: Cache = Path("build/bench"), out: Out = None, resume: Resume = False, readme: Readme = None,
 ):
     """Check, time (interleaved) and measure the memory of every variant; print a table, write JSON."""
     names = list(_ops()) if ops == "all" else _split(ops)
@@ -68,7 +69,7 @@ def run(
     for op, case, device in itertools.product(names, heads, _devices(devices)):
         for count, dtype in itertools.product(_ints(batch if op == "sample" else tokens, "tokens"), _split(dtypes)):
             jobs.append(_job(op, case, count, dtype, device, workspaces, most_flops, most_logits, cache,
-                             frozen=frozen and _ops()[op].linear))
+                             frozen=frozen and _ops()[op].linear, threads=tuple(_ints(threads, "threads"))))
     result = _run(jobs, peers, samples, budget, memory, out, resume)
     print(table(result))
     if readme:

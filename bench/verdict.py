@@ -50,6 +50,7 @@ TARGETS = (
     *(Target("cuda", op, "llama-3-8b", "bfloat16", 1 / 0.65) for op in ("softmax", "cross_entropy", "distill")),
     Target("cuda", "sample", "qwen3-0.6b", "bfloat16", 120e-6, seconds=True),
 )
+SCALING = 1.8       # of one thread's time over two threads'
 DISTILL = {"cpu": 1.05, "cuda": 1.03}       # of hard cross-entropy's time, from a sparse teacher
 
 
@@ -61,7 +62,7 @@ def judge(result: dict) -> list[str]:
         if target.device in devices:
             lines += _target(result, target)
     for one in result["results"]:
-        lines += _peers(one) + _workspaces(one)
+        lines += _peers(one) + _workspaces(one) + _scaling(one)
     return lines + _distill(result)
 
 
@@ -119,6 +120,18 @@ def _workspaces(one: dict) -> list[str]:
                 takes = f"takes {row['extra_bytes'] / 2**20:.0f} MiB, {allowed / 2**20:.0f} allowed"
                 lines.append(f"missed: {one['op']}, {one['case']}, N = {one['tokens']}, {one['dtype']}: "
                              f"{row['variant']} {takes}")
+    return lines
+
+
+def _scaling(one: dict) -> list[str]:
+    lines = []
+    times = {row["variant"]: row["time"]["median"] for row in one["rows"] if row["ours"] and row["status"] == "timed"}
+    for name, seconds in times.items():
+        variant, _, number = name.rpartition(", ")
+        if number == "2 threads" and f"{variant}, 1 thread" in times:
+            ratio = times[f"{variant}, 1 thread"] / seconds
+            lines.append(f"{_met(ratio >= SCALING)}: {one['op']}, {one['case']}, {one['dtype']}: {variant} on two "
+                         f"threads: {ratio:.2f} x as fast as on one, >= {SCALING}")
     return lines
 
 

@@ -20,7 +20,8 @@ class Rows:
 
 
 # by op; bytes of an element do not matter much: a program always has work in flight
-ROWS = {"cross_entropy": Rows(4096, 8), "logprob": Rows(4096, 8), "distill": Rows(2048, 8), "softmax": Rows(4096, 8)}
+ROWS = {"cross_entropy": Rows(4096, 8), "logprob": Rows(4096, 8), "distill": Rows(2048, 8), "softmax": Rows(4096, 8),
+        "sample": Rows(4096, 8)}
 # the interpreter: small blocks, so that small vocabularies cross their edges; large ones where time counts
 SMALL, LARGE = Rows(256, 1), Rows(16384, 1)
 

@@ -126,6 +126,7 @@ BACKENDS = (
     _triton("log_softmax_backward", "ssd_core.kernels.softmax"),
     *_portable("log_softmax_backward", "softmax"),
     _compiled("sample"),
+    _triton("sample"),
     Backend("sample", "torch", f"{_CHUNKED}.sample:sample"),
     Backend("sample", "reference", "ssd_core.reference.sample:run", devices=("cpu",), automatic=False),
 )

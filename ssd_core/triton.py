@@ -325,3 +325,16 @@ def _reduce_student(state, mine, group) -> None:
     state[:, 2], state[:, 3] = _reduced_sums(mine[:, 2], mine[:, 3], group)
     state[:, 4] = _owned(mine[:, 4], group)
     state[:, 5], state[:, 6] = _reduced_below(mine[:, 5], mine[:, 6], mine[:, 2], state[:, 2], group)
+
+
+# -- sampling
+
+
+def sample(logits, seeds, positions, *, support_limit, **options):
+    from ssd_core.kernels.sample import sample
+
+    token, logprob, *stats, ids, probs = sample(logits, seeds, positions, support_limit=support_limit, **options)
+    if not logprob.isfinite().all():
+        raise ValueError("logits: expected finite values or -inf, with a finite maximum, got NaN or inf")
+    width = int((probs > 0).sum(-1).max())
+    return token, logprob, *stats, ids[:, :width], probs[:, :width]

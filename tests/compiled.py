@@ -1,4 +1,4 @@
-"""The tests of backend "cpu", in a process of their own: at an instruction set, under a sanitizer."""
+"""Tests in a process of their own: of backend "cpu" at an instruction set or under a sanitizer, of "triton" interpreted."""
 
 import os
 import subprocess
@@ -14,11 +14,11 @@ CHOICE = " and not ".join(("(cpu or native or fuzz or (superset and auto))", "th
                            "vectorised", "openmp", "build_info"))
 
 
-def run_tests(*arguments, processes=None, **environment):
-    """Fails with the output of the tests that fail."""
+def run_tests(*arguments, files=FILES, choice=CHOICE, processes=None, **environment):
+    """Those of ``files`` that ``choice`` picks. Fails with the output of the tests that fail."""
     processes = processes or min(4, os.cpu_count() or 1)
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "pytest", *FILES, "-m", "not all", "-k", CHOICE, "-n", str(processes),
+        [sys.executable, "-P", "-m", "pytest", *files, "-m", "not all", "-k", choice, "-n", str(processes),
          "-p", "no:cacheprovider", "--tb=short", *arguments],
         cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)

@@ -12,6 +12,7 @@ These cannot apply here, or not yet:
   ``test_pytorch_124480``.
 """
 
+import os
 import contextlib
 import inspect
 import threading
@@ -39,7 +40,7 @@ from ssd_core.plan import MIB, ChunkPlan, Demand, plan_chunks
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
-BACKENDS = ["torch", "cpu"]
+BACKENDS = ["torch", "cpu", *["triton"] * (os.environ.get("TRITON_INTERPRET") == "1")]
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 

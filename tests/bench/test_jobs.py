@@ -104,6 +104,21 @@ def test_a_job_travels_as_json():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
+def test_threads_of_each_variant_of_ours():
+    job = dataclasses.replace(JOB, threads=(1, 2), workspaces=(64,))
+    assert jobs.Job.from_json(job.to_json()) == job
+    before, names = torch.get_num_threads(), []
+    for variant in job.variants(None):
+        names.append(variant.name)
+        if variant.name == "ssd-core torch, 64 MiB, 1 thread":
+            seen = []
+            jobs._with_threads(dataclasses.replace(variant, function=lambda: seen.append(torch.get_num_threads())),
+                               1).function()
+            assert seen == [1]
+    assert {"PyTorch eager", "ssd-core cpu, 64 MiB, 1 thread", "ssd-core cpu, 64 MiB, 2 threads"} <= set(names)
+    assert "ssd-core cpu, 64 MiB" not in names and torch.get_num_threads() == before
+
+
 def test_peak_memory_of_a_fresh_process():
     """Eager PyTorch on 16 MiB of logits: those and, at least, their gradient."""
     from ssd_core.bench import measure

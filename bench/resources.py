@@ -1,0 +1,182 @@
+"""Kernels compiled ahead of time, without a GPU: registers, spills, shared memory, instructions.
+
+    python -P -m ssd_core.bench.resources --targets sm_90,gfx942 --out build/resources.json
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from ssd_core.checks import UsageError
+from ssd_core.files import write_json
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+COLUMNS = 131072
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A kernel as a call makes it: module and function, what is not the usual type or value, and its launch."""
+
+    name: str
+    module: str
+    function: str
+    launch: str                                 # of kernels.launch.ROWS
+    types: tuple[tuple[str, str], ...] = ()
+    flags: tuple[tuple[str, object], ...] = ()
+
+
+def _variant(name, module, function, launch, types=None, **flags):
+    return Variant(name, module, function, launch, tuple((types or {}).items()), tuple(flags.items()))
+
+
+# of a head, logits are float32 and the gradient that takes their place bfloat16
+WIDE = {"x_ptr": "*fp32", "grad_ptr": "*bf16"}
+CE = ("cross_entropy", "_rows", "cross_entropy")
+SPARSE, DENSE = ("distill", "_sparse_rows", "distill"), ("distill", "_dense_rows", "distill")
+VARIANTS = (
+    _variant("cross-entropy, head", *CE, WIDE, HARD=True, NARROWED=True),
+    _variant("cross-entropy, bfloat16 logits", *CE, HARD=True),
+    _variant("cross-entropy, softcap and smoothing", *CE, WIDE, HARD=True, NARROWED=True, HAS_SOFTCAP=True, SMOOTH=True),
+    _variant("cross-entropy, 20 ids", *CE, WIDE, K=20, BLOCK_K=32, NARROWED=True),
+    _variant("cross-entropy, 64 ids and a bucket", *CE, WIDE, K=64, BLOCK_K=64, BUCKET=True, NARROWED=True),
+    _variant("cross-entropy, class probabilities", *CE, DENSE=True, SMOOTH=True),
+    _variant("log-probability, head", "logprob", "_rows", "logprob", WIDE, NARROWED=True),
+    _variant("softmax", "softmax", "_rows", "softmax", LOG=False),
+    _variant("log-softmax", "softmax", "_rows", "softmax", LOG=True),
+    _variant("softmax, backward", "softmax", "_rows_backward", "softmax", LOG=False),
+    *(_variant(f"{kind}, 20 ids", *SPARSE, WIDE, K=20, BLOCK_K=32, KIND=number, NARROWED=True)
+      for number, kind in enumerate(("forward KL", "reverse KL", "JSD"))),
+    _variant("forward KL, 20 ids, with cross-entropy", *SPARSE, WIDE, K=20, BLOCK_K=32, WITH_CE=True, HAS_LABELS=True,
+             NARROWED=True),
+    *(_variant(f"{kind}, dense", *DENSE, {**WIDE, "t_ptr": "*fp32"}, KIND=number, NARROWED=True)
+      for number, kind in enumerate(("forward KL", "reverse KL", "JSD"))),
+)
+
+# by argument, where a variant says nothing else
+TYPES = {
+    "x_ptr": "*bf16", "grad_ptr": "*bf16", "out_ptr": "*bf16", "d_ptr": "*bf16", "t_ptr": "*bf16", "bias_ptr": "*bf16",
+    "t_bias_ptr": "*bf16", "dense_ptr": "*bf16", "tokens_ptr": "*i64", "ids_ptr": "*i64", "labels_ptr": "*i64"}
+INTEGERS = ("first_token", "columns", "t_columns", "first_id", "vocab")
+FLAGS = {"LOOK": True, "FINISH": True, "GRADIENT": True, "TERMS": True, "KIND": 0, "TAIL": 0, "K": 1, "BLOCK_K": 1}
+ALIGNED = re.compile(r".*_ptr|.*_stride|columns|t_columns|vocab")       # multiples of 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Resources:
+    """What the compiler made of a variant."""
+
+    variant: str
+    target: str
+    block: int
+    warps: int
+    registers: int          # of a thread
+    spills: int             # bytes
+    shared: int             # bytes of a program
+    load_bits: int          # the widest load of a thread
+
+
+def compiled(variant: Variant, target: str) -> Resources:
+    """Raises what the compiler raises."""
+    import importlib
+
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    from ssd_core.kernels.launch import ROWS
+
+    kernel = getattr(importlib.import_module(f"ssd_core.kernels.{variant.module}"), variant.function)
+    rows = ROWS[variant.launch]
+    types, flags = {**TYPES, **dict(variant.types)}, {**FLAGS, "BLOCK_V": rows.block, **dict(variant.flags)}
+    signature, constants, attributes = {}, {}, {}
+    for place, parameter in enumerate(kernel.params):
+        name = parameter.name
+        if parameter.is_constexpr:
+            signature[name], constants[(place,)] = "constexpr", flags.get(name, False)
+            continue
+        number = "i32" if name in INTEGERS or name.endswith("_stride") else "fp32"
+        signature[name] = types.get(name, "*fp32") if name.endswith("_ptr") else number
+        if ALIGNED.fullmatch(name):
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    gpu = GPUTarget("cuda", int(target[3:]), 32) if target.startswith("sm_") else GPUTarget("hip", target, 64)
+    source = triton.compiler.ASTSource(kernel, signature, constants, attributes)
+    built = triton.compile(source, target=gpu, options={"num_warps": rows.warps})
+    common = {"variant": variant.name, "target": target, "block": rows.block, "warps": rows.warps,
+              "shared": built.metadata.shared}
+    if target.startswith("sm_"):
+        registers, spills = _cuda_usage(built.asm["cubin"])
+        loads = re.findall(r"ld\.global(?:\.\w+)*?(?:\.v(\d))?\.[bfsu](\d+)", built.asm["ptx"])
+    else:
+        text = built.asm["amdgcn"]
+        registers = int(re.search(r"\.vgpr_count:\s*(\d+)", text)[1])
+        spills = 4 * int(re.search(r"\.vgpr_spill_count:\s*(\d+)", text)[1])
+        loads = [(count, 32) for count in re.findall(r"(?:global|buffer)_load_dwordx(\d)", text)]
+    widest = max((int(count or 1) * int(bits) for count, bits in loads), default=0)
+    return Resources(**common, registers=registers, spills=spills, load_bits=widest)
+
+
+def _cuda_usage(cubin: bytes) -> tuple[int, int]:
+    """Registers of a thread and bytes of its stack and local memory, as cuobjdump says."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "--dump-resource-usage", file.name], check=True, text=True, capture_output=True).stdout
+    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
+    return int(found["REG"]), int(found["STACK"]) + int(found["LOCAL"])
+
+
+def everything(targets=TARGETS, variants=VARIANTS) -> Iterator[Resources]:
+    """All of them, in processes side by side."""
+    pairs = [(variant, target) for target in targets for variant in variants]
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as pool:
+        yield from pool.map(_of_pair, pairs)
+
+
+def _of_pair(pair):
+    return compiled(*pair)
+
+
+def table(found: list[Resources]) -> str:
+    """Markdown: a line for each variant, registers / shared KiB of each target."""
+    targets = list(dict.fromkeys(one.target for one in found))
+    lines = [f"| kernel | columns of a block, warps | {' | '.join(targets)} |", "|---" * (2 + len(targets)) + "|"]
+    by_variant = {}
+    for one in found:
+        by_variant.setdefault(one.variant, {})[one.target] = one
+    for name, ones in by_variant.items():
+        first = next(iter(ones.values()))
+        cells = [f"{ones[t].registers} / {ones[t].shared / 1024:.1f}" + (f", {ones[t].spills} spilled" if ones[t].spills
+                 else "") if t in ones else "" for t in targets]
+        lines.append(f"| {name} | {first.block}, {first.warps} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(
+    targets: Annotated[str, typer.Option(help="comma-separated")] = ",".join(TARGETS),
+    out: Annotated[Optional[Path], typer.Option(help="JSON file to write")] = None,  # noqa: UP045
+):
+    """Registers of a thread / shared memory of a program in KiB, of every kernel on every target."""
+    wanted = [target.strip() for target in targets.split(",")]
+    if unknown := set(wanted) - set(TARGETS):
+        raise UsageError(f"targets: expected some of {', '.join(TARGETS)}, got {sorted(unknown)}")
+    found = list(everything(wanted))
+    print(table(found))
+    if out:
+        write_json(out, {"resources": [dataclasses.asdict(one) for one in found]})
+
+
+if __name__ == "__main__":
+    typer.run(main)
