@@ -43,14 +43,16 @@ def _variant(name, module, function, launch, types=None, **flags):
 # of a head, logits are float32 and the gradient that takes their place bfloat16
 WIDE = {"x_ptr": "*fp32", "grad_ptr": "*bf16"}
 CE = ("cross_entropy", "_rows", "cross_entropy")
-SPARSE, DENSE = ("distill", "_sparse_rows", "distill"), ("distill", "_dense_rows", "distill")
+SPARSE, DENSE = ("distill", "_sparse_rows", "distill"), ("distill", "_dense_rows", "distill_dense")
+SAMPLE = ("sample", "_rows", "sample", {"keys_ptr": "*i64"})
 VARIANTS = (
     _variant("cross-entropy, head", *CE, WIDE, HARD=True, NARROWED=True),
     _variant("cross-entropy, bfloat16 logits", *CE, HARD=True),
-    _variant("cross-entropy, softcap and smoothing", *CE, WIDE, HARD=True, NARROWED=True, HAS_SOFTCAP=True, SMOOTH=True),
+    _variant("cross-entropy, softcap and smoothing", *CE, WIDE, HARD=True, NARROWED=True, HAS_SOFTCAP=True,
+             SMOOTH=True),
     _variant("cross-entropy, 20 ids", *CE, WIDE, K=20, BLOCK_K=32, NARROWED=True),
     _variant("cross-entropy, 64 ids and a bucket", *CE, WIDE, K=64, BLOCK_K=64, BUCKET=True, NARROWED=True),
-    _variant("cross-entropy, class probabilities", *CE, DENSE=True, SMOOTH=True),
+    _variant("cross-entropy, class probabilities", *CE[:2], "class_probabilities", DENSE=True, SMOOTH=True),
     _variant("log-probability, head", "logprob", "_rows", "logprob", WIDE, NARROWED=True),
     _variant("softmax", "softmax", "_rows", "softmax", LOG=False),
     _variant("log-softmax", "softmax", "_rows", "softmax", LOG=True),
@@ -61,14 +63,19 @@ VARIANTS = (
              NARROWED=True),
     *(_variant(f"{kind}, dense", *DENSE, {**WIDE, "t_ptr": "*fp32"}, KIND=number, NARROWED=True)
       for number, kind in enumerate(("forward KL", "reverse KL", "JSD"))),
+    _variant("sample, top-k and top-p", *SAMPLE, TOP_K=True, TOP_P=True, MAXIMA=True),
+    _variant("sample, all tokens", *SAMPLE),
+    _variant("sample, greedy", *SAMPLE, GREEDY=True),
 )
 
 # by argument, where a variant says nothing else
 TYPES = {
     "x_ptr": "*bf16", "grad_ptr": "*bf16", "out_ptr": "*bf16", "d_ptr": "*bf16", "t_ptr": "*bf16", "bias_ptr": "*bf16",
-    "t_bias_ptr": "*bf16", "dense_ptr": "*bf16", "tokens_ptr": "*i64", "ids_ptr": "*i64", "labels_ptr": "*i64"}
-INTEGERS = ("first_token", "columns", "t_columns", "first_id", "vocab")
-FLAGS = {"LOOK": True, "FINISH": True, "GRADIENT": True, "TERMS": True, "KIND": 0, "TAIL": 0, "K": 1, "BLOCK_K": 1}
+    "t_bias_ptr": "*bf16", "dense_ptr": "*bf16", "tokens_ptr": "*i64", "ids_ptr": "*i64",
+    "labels_ptr": "*i64", "seeds_ptr": "*i64", "positions_ptr": "*i64", "token_ptr": "*i64", "options_ptr": "*fp64"}
+INTEGERS = ("first_token", "columns", "t_columns", "first_id", "vocab", "groups", "top_k")
+FLAGS = {"LOOK": True, "FINISH": True, "GRADIENT": True, "TERMS": True, "KIND": 0, "TAIL": 0, "K": 1, "BLOCK_K": 1,
+         "LIMIT": 64, "CAPACITY": 256, "GROUPS": 256, "BLOCK_G": 1024}
 ALIGNED = re.compile(r".*_ptr|.*_stride|columns|t_columns|vocab")       # multiples of 16
 
 
@@ -91,12 +98,11 @@ def compiled(variant: Variant, target: str) -> Resources:
     import importlib
 
     import triton
+    from ssd_core.kernels.launch import configured
     from triton.backends.compiler import GPUTarget
 
-    from ssd_core.kernels.launch import ROWS
-
     kernel = getattr(importlib.import_module(f"ssd_core.kernels.{variant.module}"), variant.function)
-    rows = ROWS[variant.launch]
+    rows = configured(variant.launch, target.startswith("gfx"))
     types, flags = {**TYPES, **dict(variant.types)}, {**FLAGS, "BLOCK_V": rows.block, **dict(variant.flags)}
     signature, constants, attributes = {}, {}, {}
     for place, parameter in enumerate(kernel.params):
@@ -133,7 +139,8 @@ def _cuda_usage(cubin: bytes) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "--dump-resource-usage", file.name], check=True, text=True, capture_output=True).stdout
+        text = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], check=True, text=True, capture_output=True).stdout
     found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
     return int(found["REG"]), int(found["STACK"]) + int(found["LOCAL"])
 

@@ -265,7 +265,7 @@ class CrossEntropyRows:
         dense = x if self.dense is None else self.dense[:, column:]
         place = x if grad is None else grad
         row_launch(
-            _rows, "cross_entropy", count, x,
+            _rows, "cross_entropy" if self.dense is None else "class_probabilities", count, x,
             x, x.stride(0), place, place.stride(0), self.tokens if has_tokens else x, 0 if has_tokens else self.tokens,
             x if bias is None else bias, class_weight, dense, dense.stride(0),
             self.ids, x if self.weights is None else self.weights,

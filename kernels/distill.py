@@ -230,7 +230,7 @@ def _sparse_rows(
             c = load_logits(x_ptr, bias_ptr, offsets, mask, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
             last = first_id + start + BLOCK_V
             before_k, before_id = next_k, next_id
-            on, _, _ = support_until(ids_ptr, weights_ptr, before_k, before_id, last, first_id + offsets, K)
+            on, _k, _id = support_until(ids_ptr, weights_ptr, before_k, before_id, last, first_id + offsets, K)
             g, next_k, next_id = support_until(ids_ptr, slopes_ptr, next_k, next_id, last, first_id + offsets, K)
             if TAIL != SUPPORT:
                 g = tl.where(on > 0, g, on_tail * tl.exp(c * inverse_temperature - shift))
@@ -461,8 +461,9 @@ class DistillRows:
     ):
         """Of the teacher's raw outputs ``t``: (R, C') of the same columns, or by token (N, C')."""
         row_launch(
-            _dense_rows, "distill", self.count, t if t.shape[1] > x.shape[1] else x, *outputs, t, t.stride(0), *tokens,
-            bias, class_weight, t if t_bias is None else t_bias, *rows, x.shape[1], t.shape[1], first_id, **common,
+            _dense_rows, "distill_dense", self.count, t if t.shape[1] > x.shape[1] else x, *outputs, t, t.stride(0),
+            *tokens, bias, class_weight, t if t_bias is None else t_bias, *rows, x.shape[1], t.shape[1], first_id,
+            **common,
             t_scale=t_scale, t_softcap=t_softcap, LOOK=look and (finish or step == 0),
             TERMS=look and (finish or step == 1), T_BY_TOKEN=t_by_token, T_HAS_BIAS=t_bias is not None,
             T_HAS_SOFTCAP=t_softcap > 0)

@@ -19,17 +19,24 @@ class Rows:
     warps: int
 
 
-# by op; bytes of an element do not matter much: a program always has work in flight
-ROWS = {"cross_entropy": Rows(4096, 8), "logprob": Rows(4096, 8), "distill": Rows(2048, 8), "softmax": Rows(4096, 8),
-        "sample": Rows(4096, 8)}
+# Blocks are as large as leaves two programs a multiprocessor, 128 registers a thread: see bench/resources.py.
+ROWS = {
+    "cross_entropy": Rows(4096, 8), "class_probabilities": Rows(2048, 8), "logprob": Rows(2048, 8),
+    "distill": Rows(2048, 8), "distill_dense": Rows(4096, 8), "softmax": Rows(4096, 8), "sample": Rows(2048, 8)}
 # the interpreter: small blocks, so that small vocabularies cross their edges; large ones where time counts
 SMALL, LARGE = Rows(256, 1), Rows(16384, 1)
+
+
+def configured(op: str, hip: bool) -> Rows:
+    """AMD's warps are twice as wide."""
+    found = ROWS[op]
+    return dataclasses.replace(found, warps=found.warps // 2) if hip else found
 
 
 def rows(op: str, columns: int) -> Rows:
     if INTERPRETED:
         return SMALL if columns <= 4 * SMALL.block else LARGE
-    found = ROWS[op]
+    found = configured(op, torch.version.hip is not None)
     return dataclasses.replace(found, block=min(found.block, max(128, triton.next_power_of_2(max(1, columns)))))
 
 

@@ -1,10 +1,10 @@
-"""A draw from each row of logits, as ``ssd_core.reference.sample`` defines it: temperature, top-k, top-p, min-p, then the
-largest of ``(z - max z) / temperature - log E`` with E = -log1p(-v), v from Philox4x32-10 (Salmon et al., SC 2011).
+"""A draw from each row of logits, as ``ssd_core.reference.sample`` defines it: temperature, top-k, top-p, min-p, then
+the largest of ``(z - max z) / temperature - log E``, E = -log1p(-v), v from Philox4x32-10 (Salmon et al., SC 2011).
 
-Tokens are ordered by a 64-bit key: the logit's bits as an ordered integer, then the complement of the id. So there are no
-ties, and every truncation keeps the keys above a threshold. The k largest are at or above the k-th largest of the maxima of
-groups of columns: what is there is copied together and sorted, unless there is too much of it. Then, and where nothing
-bounds how many tokens are kept, the threshold is found by halving, one look at the row for each bit.
+Tokens are ordered by a 64-bit key: the logit's bits as an ordered integer, then the complement of the id. So there are
+no ties, and every truncation keeps the keys above a threshold. The k largest are at or above the k-th largest of the
+maxima of groups of columns: what is there is copied together and sorted, unless there is too much of it. Then, and
+where nothing bounds how many tokens are kept, the threshold is found by halving, one look at the row for each bit.
 
 One program has one row. Weights, sums of weights and scores are in float64.
 """
@@ -120,7 +120,7 @@ def _rows(
     token_ptr, stats_ptr, stats_stride,                 # (B,) int64; (4, B)
     ids_ptr, probs_ptr,                                 # (B, LIMIT) int32, float32
     columns, top_k,
-    GREEDY: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr, MAXIMA: tl.constexpr,
+    GREEDY: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, MAXIMA: tl.constexpr,
     LIMIT: tl.constexpr, CAPACITY: tl.constexpr, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -138,6 +138,8 @@ def _rows(
     first = tl.full([], 0, tl.int32)
     sums = tl.zeros([BLOCK_V], tl.float32)
     belows = sums                                       # sum exp(z - top) (z - top)
+    tempered = sums                                     # sum exp((z - top) / temperature)
+    inverse = tl.minimum(1 / temperature, 1e30).to(tl.float32)
     wrong = tl.full([], 0, tl.int32)
     for start in range(0, columns, BLOCK_V):
         ids = start + lanes
@@ -153,6 +155,8 @@ def _rows(
         e = tl.exp(z - shift)
         belows = (belows - rise * sums) * fall + tl.where(e > 0, e * (z - shift), 0.0)
         sums = sums * fall + e
+        if not GREEDY:
+            tempered = tempered * tl.exp(-rise * inverse) + tl.exp((z - shift) * inverse)
         if MAXIMA:
             maxima = tl.max(tl.reshape(z, [BLOCK_V // GROUPS, GROUPS]), 1)
             group = start // GROUPS + tl.arange(0, BLOCK_V // GROUPS)
@@ -175,76 +179,76 @@ def _rows(
         tl.store(probs_ptr + row * LIMIT + place, tl.where(place == 0, 1.0, 0.0))
     else:
         wide_top = top.to(tl.float64)
-        # keys at or above `threshold` are kept, if their share of the k largest's weights is min_p of the largest's
-        threshold = tl.full([], NOTHING + 1, tl.int64)
-        if TOP_K:
-            found_all = tl.full([], 0, tl.int32)
-            if MAXIMA:
-                tl.debug_barrier()
-                g = tl.arange(0, BLOCK_G)
-                maxima = tl.load(maxima_ptr + g, mask=g < groups, other=NEVER)
-                ordered = tl.sort(maxima, descending=True)
-                bound = tl.max(tl.where(g == top_k - 1, ordered, NEVER), 0)
-                count = _gather(x_ptr, columns, _keys(bound, tl.full([], 0x7FFFFFFF, tl.int32)), keys_ptr, CAPACITY, BLOCK_V)
-                if count <= CAPACITY:
-                    tl.debug_barrier()
-                    c = tl.arange(0, CAPACITY)
-                    keys = tl.sort(tl.load(keys_ptr + c, mask=c < count, other=NOTHING), descending=True)
-                    threshold = tl.max(tl.where(c == top_k - 1, keys, NOTHING), 0)
-                    found_all = tl.full([], 1, tl.int32)
-            if found_all == 0:
-                threshold = _least_key(x_ptr, columns, top_k, wide_top, temperature, False, BLOCK_V)
-        kept_total = tl.full([], 0.0, tl.float64)
-        if TOP_P or MIN_P:
-            kept_total = _above(x_ptr, columns, threshold - 1, wide_top, temperature, True, BLOCK_V)
-        if TOP_P:
-            bound = (top_p - SLACK) * kept_total
-            least = _least_key(x_ptr, columns, bound, wide_top, temperature, True, BLOCK_V)
-            threshold = tl.maximum(threshold, tl.minimum(least, _keys(top, first)))     # one is always kept
-
-        # the draw
+        # keys at or above `least` are kept; the `count` heaviest of them lie in keys_ptr, in any order
+        least = tl.full([], NOTHING + 1, tl.int64)
+        kept_mass = tl.full([], 0.0, tl.float64)
         best = tl.full([], NEVER, tl.float64)
         token = tl.full([], 0x7FFFFFFF, tl.int32)
-        drawn = tl.full([], NEVER, tl.float32)
-        all_weights = tl.zeros([BLOCK_V], tl.float64)
-        weights = tl.zeros([BLOCK_V], tl.float64)
-        kept_count = tl.full([], 0, tl.int32)
-        last_kept = tl.full([], 2**63 - 1, tl.int64)
-        for start in range(0, columns, BLOCK_V):
-            ids = start + lanes
-            z = tl.load(x_ptr + ids, mask=ids < columns, other=NEVER).to(tl.float32)
-            w = _weights(z, wide_top, temperature)
-            w = tl.where(ids < columns, w, 0.0)
-            all_weights += w
-            keys = _keys(z, ids)
-            kept = (keys >= threshold) & (w > 0)
-            if MIN_P:
-                kept = kept & ((w / kept_total >= min_p / kept_total) | (ids == first))
-            number = tl.sum(kept.to(tl.int32), 0)
-            if number > 0:
-                kept_count += number
-                last_kept = tl.minimum(last_kept, tl.min(tl.where(kept, keys, 2**63 - 1), 0))
-                weights += tl.where(kept, w, 0.0)
-                score = (z.to(tl.float64) - wide_top) / temperature - _log_noise(seed, position, ids)
-                score = tl.where(kept, score, NEVER)
-                before = token
-                best, token = _best(score, ids, best, token)
-                drawn = tl.where(token != before, tl.sum(tl.where(ids == token, z, 0.0), 0), drawn)
-        kept_mass = tl.sum(weights, 0)
+        count = tl.full([], CAPACITY + 1, tl.int32)
+        if MAXIMA:
+            tl.debug_barrier()
+            g = tl.arange(0, BLOCK_G)
+            maxima = tl.sort(tl.load(maxima_ptr + g, mask=g < groups, other=NEVER), descending=True)
+            kth = tl.max(tl.where(g == top_k - 1, maxima, NEVER), 0)
+            at_least = _keys(kth, tl.full([], 0x7FFFFFFF, tl.int32))
+            count = _gather(x_ptr, columns, at_least, keys_ptr, CAPACITY, BLOCK_V)
+        if count <= CAPACITY:
+            tl.debug_barrier()
+            c = tl.arange(0, CAPACITY)
+            keys = tl.sort(tl.load(keys_ptr + c, mask=c < count, other=NOTHING), descending=True)
+            z, ids = _of_keys(keys)
+            w = tl.where(c < tl.minimum(count, top_k), _weights(z, wide_top, temperature), 0.0)
+            weight = tl.sum(w, 0)
+            kept = (w > 0) & ((w / weight >= min_p / weight) | (c == 0))
+            if TOP_P:
+                kept = kept & ((tl.cumsum(w, 0) - w < (top_p - SLACK) * weight) | (c == 0))
+            kept_mass = tl.sum(tl.where(kept, w, 0.0), 0)
+            score = (z.to(tl.float64) - wide_top) / temperature - _log_noise(seed, position, ids)
+            best, token = _best(tl.where(kept, score, NEVER), ids, best, token)
+            count = tl.minimum(tl.sum(kept.to(tl.int32), 0), LIMIT)
+            tl.debug_barrier()
+            tl.store(keys_ptr + c, keys)
+        else:
+            if TOP_K:
+                least = _least_key(x_ptr, columns, top_k, wide_top, temperature, False, BLOCK_V)
+            weight = _above(x_ptr, columns, least - 1, wide_top, temperature, True, BLOCK_V)
+            if TOP_P:
+                share = (top_p - SLACK) * weight
+                enough = _least_key(x_ptr, columns, share, wide_top, temperature, True, BLOCK_V)
+                least = tl.maximum(least, tl.minimum(enough, _keys(top, first)))        # one is always kept
+            weights = tl.zeros([BLOCK_V], tl.float64)
+            number = tl.full([], 0, tl.int32)
+            least_kept = tl.full([], 2**63 - 1, tl.int64)
+            for start in range(0, columns, BLOCK_V):
+                ids = start + lanes
+                z = tl.load(x_ptr + ids, mask=ids < columns, other=NEVER).to(tl.float32)
+                w = tl.where(ids < columns, _weights(z, wide_top, temperature), 0.0)
+                keys = _keys(z, ids)
+                kept = (keys >= least) & (w > 0) & ((w / weight >= min_p / weight) | (ids == first))
+                found = tl.sum(kept.to(tl.int32), 0)
+                if found > 0:
+                    number += found
+                    weights += tl.where(kept, w, 0.0)
+                    least_kept = tl.minimum(least_kept, tl.min(tl.where(kept, keys, 2**63 - 1), 0))
+                    score = (z.to(tl.float64) - wide_top) / temperature - _log_noise(seed, position, ids)
+                    best, token = _best(tl.where(kept, score, NEVER), ids, best, token)
+            kept_mass = tl.sum(weights, 0)
+            least = least_kept
+            if number > LIMIT:
+                least = _least_key(x_ptr, columns, LIMIT, wide_top, temperature, False, BLOCK_V)
+            tl.debug_barrier()          # what was gathered before has been read
+            count = _gather(x_ptr, columns, least, keys_ptr, LIMIT, BLOCK_V)
+
+        drawn = tl.load(x_ptr + tl.minimum(token, columns - 1)).to(tl.float32)      # of a row without a draw: any
         drawn_weight = _weights(drawn, wide_top, temperature)
         tl.store(token_ptr + row, token.to(tl.int64))
         tl.store(stats_ptr + row, drawn - top - log_total + nan)
         tl.store(stats_ptr + stats_stride + row, (tl.log(drawn_weight) - tl.log(kept_mass)).to(tl.float32) + nan)
-        tl.store(stats_ptr + 2 * stats_stride + row,
-                 tl.minimum(kept_mass / tl.sum(all_weights, 0), 1.0).to(tl.float32) + nan)
+        of_all = (kept_mass / tl.sum(tempered, 0).to(tl.float64)).to(tl.float32)
+        tl.store(stats_ptr + 2 * stats_stride + row, tl.minimum(of_all, 1.0) + nan)
         tl.store(stats_ptr + 3 * stats_stride + row, entropy + nan)
 
-        # the support: all that is kept, or the heaviest of it
-        threshold = last_kept
-        if kept_count > LIMIT:
-            threshold = _least_key(x_ptr, columns, LIMIT, wide_top, temperature, False, BLOCK_V)
-        tl.debug_barrier()              # the candidates have been read
-        count = _gather(x_ptr, columns, threshold, keys_ptr, LIMIT, BLOCK_V)
+        # the support: all that is kept; or the heaviest, if the drawn token is among them, else that token alone
         tl.debug_barrier()
         keys = tl.sort(tl.load(keys_ptr + place, mask=place < count, other=NOTHING), descending=True)
         z, support = _of_keys(keys)
@@ -257,8 +261,8 @@ def _rows(
 
 
 def sample(logits, seeds, positions, *, temperature, top_k, top_p, min_p, support_limit):
-    """``(token, logprob, sampling_logprob, kept_mass, entropy, support ids, support probs)``: see ``chunked.sample``. The
-    statistics of a row that has a NaN, +inf or nothing but -inf are NaN."""
+    """``(token, logprob, sampling_logprob, kept_mass, entropy, support ids, support probs)``, see ``chunked.sample``.
+    The statistics of a row that has a NaN, +inf or nothing but -inf are NaN."""
     x = logits if logits.stride(1) == 1 else logits.contiguous()
     rows, columns = x.shape
     token = torch.empty(rows, dtype=torch.int64, device=x.device)
@@ -277,7 +281,7 @@ def sample(logits, seeds, positions, *, temperature, top_k, top_p, min_p, suppor
         x, x.stride(0), seeds.contiguous(), positions.contiguous(), options,
         torch.empty(rows, groups, dtype=torch.float32, device=x.device), groups,
         torch.empty(rows, capacity, dtype=torch.int64, device=x.device), token, stats, stats.stride(0), ids, probs,
-        columns, top_k, GREEDY=temperature == 0, TOP_K=0 < top_k < columns, TOP_P=top_p < 1, MIN_P=min_p > 0,
+        columns, top_k, GREEDY=temperature == 0, TOP_K=0 < top_k < columns, TOP_P=top_p < 1,
         MAXIMA=0 < top_k <= min(LARGEST, groups), LIMIT=support_limit, CAPACITY=capacity, GROUPS=group,
         BLOCK_G=triton.next_power_of_2(groups))
     return token, *stats, ids, probs

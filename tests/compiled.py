@@ -1,4 +1,4 @@
-"""Tests in a process of their own: of backend "cpu" at an instruction set or under a sanitizer, of "triton" interpreted."""
+"""Tests in processes of their own: of backend "cpu" at an instruction set or sanitized, of "triton" interpreted."""
 
 import os
 import subprocess

@@ -12,9 +12,9 @@ These cannot apply here, or not yet:
   ``test_pytorch_124480``.
 """
 
-import os
 import contextlib
 import inspect
+import os
 import threading
 
 import pytest

@@ -1,4 +1,4 @@
-"""Backend "triton" without a GPU: its kernels in the interpreter, in processes of their own, and compiled ahead of time."""
+"""Backend "triton" without a GPU: its kernels in the interpreter, in processes of their own; compiled ahead of time."""
 
 import os
 import subprocess
@@ -29,8 +29,8 @@ def interpreted(code):
 
 def test_every_op_in_the_interpreter():
     """One test of test_every_op.py for each op: options, ignored tokens and all dtypes are in the whole suite."""
-    run_tests("--maxfail=1", files=["tests/ops/test_every_op.py"], choice="triton and float32 and results_and_gradients",
-              TRITON_INTERPRET="1")
+    run_tests("--maxfail=1", files=["tests/ops/test_every_op.py"],
+              choice="triton and float32 and results_and_gradients", TRITON_INTERPRET="1")
 
 
 @pytest.mark.all
@@ -90,14 +90,17 @@ with tempfile.TemporaryDirectory() as folder:
 # -- compiled ahead of time -------------------------------------------------------------------------------------------
 
 REGISTERS = 128         # of a thread: two programs of 8 warps share a multiprocessor
-SHARED = 4096           # bytes of a program: for reductions over its warps alone
+WIDE_WARPS = 168        # the same on CDNA, of whose 512 a lane three warps then fit
+SHARED = 16 << 10       # bytes of a program
+OF_A_DRAW = 255         # its last part is in float64, and sorts
 
 
 def check_resources(found):
     assert found
     for one in found:
         assert one.spills == 0, one
-        assert one.registers <= REGISTERS, one
+        limit = OF_A_DRAW if one.variant.startswith("sample") else WIDE_WARPS if "gfx" in one.target else REGISTERS
+        assert one.registers <= limit, one
         assert one.shared <= SHARED, one
         assert one.load_bits == 128, one
 
@@ -122,8 +125,9 @@ def test_every_kernel_has_a_variant():
     import importlib
     import pkgutil
 
-    from ssd_core import kernels
     from ssd_core.bench.resources import VARIANTS
+
+    from ssd_core import kernels
 
     there = set()
     for module in pkgutil.iter_modules(kernels.__path__):

@@ -107,14 +107,11 @@ def test_a_job_travels_as_json():
 def test_threads_of_each_variant_of_ours():
     job = dataclasses.replace(JOB, threads=(1, 2), workspaces=(64,))
     assert jobs.Job.from_json(job.to_json()) == job
-    before, names = torch.get_num_threads(), []
-    for variant in job.variants(None):
-        names.append(variant.name)
-        if variant.name == "ssd-core torch, 64 MiB, 1 thread":
-            seen = []
-            jobs._with_threads(dataclasses.replace(variant, function=lambda: seen.append(torch.get_num_threads())),
-                               1).function()
-            assert seen == [1]
+    before, names = torch.get_num_threads(), [variant.name for variant in job.variants(None)]
+    seen = []
+    one = jobs._with_threads(peers.Variant("ours", lambda: seen.append(torch.get_num_threads())), 1)
+    one.function()
+    assert seen == [1] and one.name == "ours, 1 thread"
     assert {"PyTorch eager", "ssd-core cpu, 64 MiB, 1 thread", "ssd-core cpu, 64 MiB, 2 threads"} <= set(names)
     assert "ssd-core cpu, 64 MiB" not in names and torch.get_num_threads() == before
 

@@ -61,7 +61,7 @@ def test_two_threads_against_one():
         rows = [row("cpu, 64 MiB, 1 thread", 1, 2), row("cpu, 64 MiB, 2 threads", two, 1)]
         return lines(results(*rows), "on two threads")
 
-    assert scaling(0.5) == ["met: linear_cross_entropy, smollm2, float32: cpu, 64 MiB on two threads: 2.00 x as fast as "
-                            "on one, >= 1.8"]
+    assert scaling(0.5) == [
+        "met: linear_cross_entropy, smollm2, float32: cpu, 64 MiB on two threads: 2.00 x as fast as on one, >= 1.8"]
     assert scaling(0.6)[0].startswith("missed")
     assert not lines(results(row("cpu, 64 MiB, 2 threads", 1, 1)), "on two threads")
