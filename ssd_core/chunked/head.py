@@ -47,7 +47,7 @@ class Head(NamedTuple):
     def early_bias(self) -> bool:
         """Whether the product adds the bias, as ``F.linear`` does, and 16-bit outputs are rounded once. A wider one is
         added to the logits."""
-        return self.bias is not None and self.bias.dtype == self.output_dtype
+        return self.bias is not None and self.bias.dtype == self.dtype == self.output_dtype
 
     def in_place(self, u) -> torch.Tensor:
         """Where the gradient takes the place of outputs u (R, C): in ``dtype``, each row where its outputs begin."""

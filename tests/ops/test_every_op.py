@@ -6,6 +6,7 @@ import pytest
 import torch
 from suite import (
     DTYPES,
+    INTERPRETED,
     OPS,
     TOKENS,
     VOCABULARIES,
@@ -480,6 +481,8 @@ def test_inputs_stay_as_they_are(op, backend):
 
 @every()
 def test_threads_may_call_at_once(op, backend):
+    if backend == "triton" and INTERPRETED:
+        pytest.skip("Triton's interpreter serves one thread at a time")
     problems = [op.draw(n=33)(seed) for seed in range(3)]
     true = [run(op, backend, problem) for problem in problems]
     found = [None] * 3
