@@ -36,10 +36,10 @@ fuzz: export FUZZ_SECONDS ?= 600
 fuzz: setup
 	$(RUN) pytest -m all tests/test_fuzz.py
 
-# the oldest transformers that is supported, in an environment of its own
+# the oldest transformers and triton that are supported, in an environment of its own
 test-floor:
 	@sh .ci/setup "" .venv-floor
-	.venv-floor/bin/python -P -m pip install --quiet "transformers==5.0.0"
+	.venv-floor/bin/python -P -m pip install --quiet "transformers==5.0.0" "triton==3.6.0"
 	.venv-floor/bin/python -P -m pytest -m "not all"
 
 lint: setup

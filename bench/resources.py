@@ -1,12 +1,14 @@
 """Kernels compiled ahead of time, without a GPU: registers, spills, shared memory, instructions.
 
-    python -P -m ssd_core.bench.resources --targets sm_90,gfx942 --out build/resources.json
+    python -P -m ssd_core.bench.resources --targets sm_90,gfx942
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import importlib
+import importlib.metadata
 import os
 import re
 import subprocess
@@ -18,8 +20,11 @@ from typing import Annotated, Optional
 import typer
 
 from ssd_core.checks import UsageError
-from ssd_core.files import write_json
 
+HEADING = """# What the compiler makes of the kernels
+
+Triton {triton}, without a GPU: registers of a thread / KiB of shared memory of a program. `python -P -m
+ssd_core.bench.resources --out bench/RESOURCES.md` writes this table; tests/test_triton.py holds it to limits."""
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 COLUMNS = 131072
 
@@ -95,8 +100,6 @@ class Resources:
 
 def compiled(variant: Variant, target: str) -> Resources:
     """Raises what the compiler raises."""
-    import importlib
-
     import triton
     from ssd_core.kernels.launch import configured
     from triton.backends.compiler import GPUTarget
@@ -173,7 +176,7 @@ def table(found: list[Resources]) -> str:
 
 def main(
     targets: Annotated[str, typer.Option(help="comma-separated")] = ",".join(TARGETS),
-    out: Annotated[Optional[Path], typer.Option(help="JSON file to write")] = None,  # noqa: UP045
+    out: Annotated[Optional[Path], typer.Option(help="Markdown file to write")] = None,  # noqa: UP045
 ):
     """Registers of a thread / shared memory of a program in KiB, of every kernel on every target."""
     wanted = [target.strip() for target in targets.split(",")]
@@ -182,7 +185,7 @@ def main(
     found = list(everything(wanted))
     print(table(found))
     if out:
-        write_json(out, {"resources": [dataclasses.asdict(one) for one in found]})
+        out.write_text(f"{HEADING.format(triton=importlib.metadata.version('triton'))}\n\n{table(found)}\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,155 @@
+"""What a GPU should need at least for each op, and what we predict for backend "triton": for a GPU run to confirm or refute.
+
+    python -P -m ssd_core.bench.roofline --tokens 8192 --workspace 1024
+
+A prediction is arithmetic. A matrix product takes the longer of its FLOP over the rate of such a product and its bytes
+over the rate of a copy, which it overlaps; a row kernel, which overlaps with nothing, its bytes. Launches, and what
+caches save, are not in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated
+
+import typer
+from ssd_core.bench.cases import HEADS, Head
+
+from ssd_core.checks import UsageError
+from ssd_core.plan import MIB
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """``flops`` of a bfloat16 matrix product and ``bandwidth`` of a copy, bytes read and written, a second. ``threads``
+    and ``registers`` of a multiprocessor."""
+
+    name: str
+    flops: float
+    bandwidth: float
+    source: str
+    threads: int = 2048
+    registers: int = 65536
+
+    def programs(self, warps: int, registers: int) -> int:
+        """Of a kernel side by side on one multiprocessor."""
+        return min(self.threads // (32 * warps), self.registers // (32 * warps * registers))
+
+
+CHIPS = (
+    Chip("H100", 798e12, 3.0e12, "measured: 8192 x 8192 x 8192 on random data; a copy on the device"),
+    Chip("B200", 0.8 * 2250e12, 0.9 * 8.0e12, "not measured: 0.8 and 0.9 of what the vendor says"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """``products``: matrix products of (N, V, D). Bytes of a logit that the least possible and our row kernels move."""
+
+    products: int
+    floor: float
+    ours: float
+    about: str
+
+
+# a row of a large vocabulary does not stay in cache between two looks at it
+HEAD = Work(3, 0, 4 + 4 + 2, "float32 outputs looked at twice, bfloat16 gradient")
+WORK = {
+    "linear_cross_entropy": HEAD,
+    "linear_distill": HEAD,
+    "linear_distill_hidden": Work(4, 0, 3 * (4 + 4) + 2, "both sides looked at three times"),
+    "linear_logprob": HEAD,
+    "softmax": Work(0, 2 + 2, 2 + 2 + 2, "looked at twice"),
+    "log_softmax": Work(0, 2 + 2, 2 + 2 + 2, "looked at twice"),
+    "cross_entropy": Work(0, 2 + 2, 2 + 2 + 2, "looked at twice"),
+    "distill": Work(0, 2 + 2 + 2, 3 * (2 + 2) + 2, "both sides looked at three times"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    op: str
+    case: str
+    chip: str
+    floor: float            # seconds
+    seconds: float
+
+    @property
+    def over_floor(self) -> float:
+        return self.seconds / self.floor
+
+
+def product(chip: Chip, m: int, n: int, k: int, out_bytes: float) -> float:
+    """Seconds of (m, k) times (k, n), operands of 2 bytes, ``out_bytes`` moved for each element of the result."""
+    return max(2 * m * n * k / chip.flops, (2 * (m * k + k * n) + out_bytes * m * n) / chip.bandwidth)
+
+
+def predict(op: str, case: str, head: Head, chip: Chip, tokens: int, workspace: int) -> Prediction:
+    """``workspace`` in bytes bounds a chunk's rows, and so how often d_weight is added up in float32."""
+    work, v, d = WORK[op], head.vocab, head.hidden
+    floor = 2 * work.products * tokens * v * d / chip.flops + work.floor * tokens * v / chip.bandwidth
+    seconds = work.ours * tokens * v / chip.bandwidth
+    if work.products:
+        teachers = work.products - 3
+        chunks = -(-tokens // min(tokens, max(1, workspace // (4 * v * (1 + teachers)))))
+        rows = -(-tokens // chunks)
+        seconds += chunks * (
+            (1 + teachers) * product(chip, rows, v, d, 4) + product(chip, rows, d, v, 2)
+            + product(chip, v, d, rows, 8 if chunks > 1 else 2))
+        if chunks > 1:
+            seconds += (4 + 2) * v * d / chip.bandwidth         # rounded once
+    return Prediction(op, case, chip.name, floor, seconds)
+
+
+def table(found: list[Prediction], tokens: int) -> str:
+    """Markdown; a line for each op and head, floor / prediction of each chip in milliseconds, and their ratio."""
+    chips = list(dict.fromkeys(one.chip for one in found))
+    lines = [f"| N = {tokens:,}, bfloat16, predicted | " + " | ".join(chips) + " |", "|---" * (1 + len(chips)) + "|"]
+    groups: dict[tuple, list[Prediction]] = {}
+    for one in found:
+        groups.setdefault((one.op, one.case), []).append(one)
+    for (op, case), ones in groups.items():
+        cells = [f"{1e3 * one.floor:.2f} / {1e3 * one.seconds:.2f} ms: {one.over_floor:.2f}" for one in ones]
+        lines.append(f"| {op}, {case} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def occupancy() -> str:
+    """Markdown: programs of each kernel that share a multiprocessor, from its registers on that chip's target."""
+    from ssd_core.bench.resources import everything
+
+    target = {"sm_90": CHIPS[0], "sm_100": CHIPS[1]}
+    lines = ["| kernel | " + " | ".join(chip.name for chip in target.values()) + " |", "|---" * (1 + len(target)) + "|"]
+    by_variant: dict[str, list[str]] = {}
+    for one in everything(tuple(target)):
+        chip = target[one.target]
+        programs = chip.programs(one.warps, one.registers)
+        by_variant.setdefault(one.variant, []).append(
+            f"{programs} of {one.warps} warps: {100 * 32 * programs * one.warps // chip.threads} %")
+    return "\n".join([*lines, *(f"| {name} | {' | '.join(cells)} |" for name, cells in by_variant.items())])
+
+
+def main(
+    ops: Annotated[str, typer.Option(help="comma-separated")] =
+    "linear_cross_entropy,linear_distill_hidden,softmax,distill",
+    cases: Annotated[str, typer.Option(help=f"comma-separated: {', '.join(HEADS)}")] =
+    "llama-3-8b,qwen2.5-7b,gemma-2-2b,gemma-3-1b",
+    tokens: Annotated[int, typer.Option(min=1)] = 8192,
+    workspace: Annotated[int, typer.Option(min=1, help="MiB")] = 1024,
+    with_occupancy: Annotated[bool, typer.Option("--occupancy", help="that of each kernel, which compiles it")] = False,
+):
+    """Floors and predictions of backend "triton"."""
+    for given, known, name in ((ops, WORK, "ops"), (cases, HEADS, "cases")):
+        if unknown := set(given.split(",")) - set(known):
+            raise UsageError(f"{name}: expected some of {', '.join(known)}, got {sorted(unknown)}")
+    found = [predict(op, case, HEADS[case], chip, tokens, workspace * MIB)
+             for op in ops.split(",") for case in cases.split(",") for chip in CHIPS]
+    print("\n".join(f"{chip.name}: {chip.flops / 1e12:.0f} TFLOP/s, {chip.bandwidth / 1e12:.1f} TB/s ({chip.source})"
+                    for chip in CHIPS))
+    print(f"\n{table(found, tokens)}")
+    if with_occupancy:
+        print(f"\n{occupancy()}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,36 @@
+"""Predictions of a GPU's time."""
+
+import pytest
+from ssd_core.bench.cases import Head
+from ssd_core.bench.roofline import CHIPS, WORK, Chip, predict, product
+from ssd_core.bench.verdict import TARGETS
+
+CHIP = Chip("chip", flops=1e12, bandwidth=1e9, source="")
+
+
+def test_a_product_takes_the_longer_of_arithmetic_and_memory():
+    assert product(Chip("", 1e12, 1e15, ""), 100, 200, 300, 4) == 2 * 100 * 200 * 300 / 1e12
+    assert product(Chip("", 1e15, 1e9, ""), 100, 200, 300, 4) == (2 * (100 * 300 + 300 * 200) + 4 * 100 * 200) / 1e9
+
+
+def test_rows_are_looked_at_twice():
+    found = predict("softmax", "", Head(1000, 10), CHIP, 100, 1)
+    assert found.floor == 4 * 100 * 1000 / 1e9 and found.over_floor == 1.5
+
+
+def test_a_larger_workspace_costs_less():
+    """More chunks add up d_weight more often."""
+    head = Head(128256, 256)
+    small, large = (predict("linear_cross_entropy", "", head, CHIPS[0], 8192, mib << 20) for mib in (64, 8192))
+    assert small.floor == large.floor == 6 * 8192 * 128256 * 256 / CHIPS[0].flops
+    assert 1 < large.over_floor < small.over_floor
+
+
+def test_programs_side_by_side():
+    assert CHIPS[0].programs(warps=8, registers=128) == 2 and CHIPS[0].programs(warps=8, registers=32) == 8
+    assert CHIPS[0].programs(warps=8, registers=129) == 1
+
+
+@pytest.mark.parametrize("op", sorted({target.op for target in TARGETS if target.device == "cuda"} - {"sample"}))
+def test_what_has_a_target_on_a_gpu_has_a_prediction(op):
+    assert op in WORK
