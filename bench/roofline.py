@@ -1,4 +1,4 @@
-"""What a GPU should need at least for each op, and what we predict for backend "triton": for a GPU run to confirm or refute.
+"""What a GPU should need at least for each op, and what we predict of backend "triton": for a GPU run to test.
 
     python -P -m ssd_core.bench.roofline --tokens 8192 --workspace 1024
 

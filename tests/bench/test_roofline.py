@@ -15,7 +15,7 @@ def test_a_product_takes_the_longer_of_arithmetic_and_memory():
 
 def test_rows_are_looked_at_twice():
     found = predict("softmax", "", Head(1000, 10), CHIP, 100, 1)
-    assert found.floor == 4 * 100 * 1000 / 1e9 and found.over_floor == 1.5
+    assert found.floor == 4 * 100 * 1000 / 1e9 and found.over_floor == pytest.approx(1.5)
 
 
 def test_a_larger_workspace_costs_less():
