@@ -1,6 +1,7 @@
 // ssd_core._C: the compiled functions, and how they were built.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty_like.h>
+#include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -11,6 +12,7 @@
 #include "cpu/linear_head.h"
 #include "cpu/linear_logprob.h"
 #include "cpu/logit_rows.h"
+#include "cpu/ranks.h"
 #include "cpu/sample.h"
 
 namespace ssd_core {
@@ -62,6 +64,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("linear_logprob", &cpu::linear_logprob, py::call_guard<py::gil_scoped_release>());
   m.def("linear_logprob_bytes", &cpu::linear_logprob_bytes);
   m.def("grad_filter_bytes", &cpu::grad_filter_bytes);
+  m.def("ranks_bytes", &cpu::ranks_bytes);
   m.def("softmax_rows", &cpu::softmax_rows, py::call_guard<py::gil_scoped_release>());
   m.def("softmax_rows_backward", &cpu::softmax_rows_backward, py::call_guard<py::gil_scoped_release>());
   m.def("cross_entropy_rows", &cpu::cross_entropy_rows, py::call_guard<py::gil_scoped_release>());

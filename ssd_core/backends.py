@@ -80,9 +80,9 @@ def _portable(op: str, module: str = "", *, reference_lacks: tuple[str, ...] = (
             Backend(op, "reference", f"{_REFERENCE}:{op}", lacks=reference_lacks, automatic=False))
 
 
-def _compiled(op: str, *, lacks: tuple[str, ...] = ()) -> Backend:
+def _compiled(op: str) -> Backend:
     counts = f"ssd_core.cpu:{op}_bytes" if op.startswith("linear_") else ""
-    return Backend(op, "cpu", f"ssd_core.cpu:{op}", devices=("cpu",), dtypes=COMPILED, lacks=lacks,
+    return Backend(op, "cpu", f"ssd_core.cpu:{op}", devices=("cpu",), dtypes=COMPILED,
                    needs="ssd_core.native:missing", counts=counts)
 
 
@@ -95,13 +95,13 @@ def _triton(op: str, module: str = "ssd_core.triton", *, lacks: tuple[str, ...] 
 
 
 BACKENDS = (
-    _compiled("linear_cross_entropy", lacks=("process_group",)),
+    _compiled("linear_cross_entropy"),
     _triton("linear_cross_entropy", lacks=FILTER),
     *_portable("linear_cross_entropy", reference_lacks=("process_group",)),
-    _compiled("linear_distill", lacks=("process_group",)),
+    _compiled("linear_distill"),
     _triton("linear_distill"),
     *_portable("linear_distill", reference_lacks=("process_group",)),
-    _compiled("linear_logprob", lacks=("process_group",)),
+    _compiled("linear_logprob"),
     _triton("linear_logprob"),
     *_portable("linear_logprob", reference_lacks=("process_group",)),
     _compiled("cross_entropy"),

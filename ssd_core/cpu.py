@@ -4,9 +4,40 @@ from __future__ import annotations
 
 import torch
 
-from ssd_core import native
+from ssd_core import groups, native
 
 BLOCK = 1 << 22     # logits that are copied at a time
+
+
+# -- ranks that share a vocabulary
+
+
+def _gather(group):
+    return None if group is None else lambda tensor: groups.all_gather(tensor, group)
+
+
+def _rows(chunks, input, group) -> int:
+    """Of a chunk, the same on all ranks, also on those with more threads or another instruction set."""
+    return groups.smallest(chunks.rows, input.device, group)
+
+
+def _summed(d_input, input, group):
+    """Over the ranks, in float32."""
+    if d_input is None or group is None:
+        return d_input
+    return groups.all_reduce(d_input, "sum", group).to(input.dtype)
+
+
+def _counted(held, demand):
+    """For ``Backend.counted``: the bytes of so many rows and columns, with what is told the other ranks and d_input until it is summed."""
+    if not demand.summed:
+        return {"held": held}
+    d_input = demand.summed * demand.hidden * 4 if demand.dtype.itemsize == 2 else 0
+    return {"held": lambda rows, columns: held(rows, columns) + d_input + native.ranks_bytes(
+        demand.tokens, rows, demand.vocab, demand.support + 1, demand.ranks)}
+
+
+# -- ops
 
 
 def linear_cross_entropy(
@@ -14,11 +45,14 @@ def linear_cross_entropy(
     keep_float32, dtype, logit_scale, softcap, temperature, label_smoothing, z_loss, bucket, vocab, vocab_start, group,
     grad_filter, grad_filter_weight, vocab_order,
 ):
-    return native.linear_cross_entropy(
+    world = groups.size(group)
+    *results, d_input, d_weight, d_bias = native.linear_cross_entropy(
         input, linear_weight, linear_bias, ids.long(), probs, dense, class_weight, rows, row_scale, dtype, needs,
-        keep_float32, chunks.rows, chunks.tile, logit_scale=logit_scale, softcap=softcap, temperature=temperature,
-        label_smoothing=label_smoothing, z_loss=z_loss, bucket=bucket, grad_filter=grad_filter,
-        grad_filter_weight=grad_filter_weight, vocab_order=vocab_order, held_bytes=chunks.spare)
+        keep_float32, _rows(chunks, input, group), chunks.tile, logit_scale=logit_scale, softcap=softcap,
+        temperature=temperature, label_smoothing=label_smoothing, z_loss=z_loss, bucket=bucket,
+        grad_filter=grad_filter / world, grad_filter_weight=grad_filter_weight / world, vocab_order=vocab_order,
+        held_bytes=chunks.spare, gather=_gather(group), vocab_start=vocab_start)
+    return *results, _summed(d_input, input, group), d_weight, d_bias
 
 
 def linear_cross_entropy_bytes(demand):
@@ -30,21 +64,22 @@ def linear_cross_entropy_bytes(demand):
             found += native.grad_filter_bytes(demand.tokens, rows, demand.vocab, demand.hidden, demand.dtype)
         return found
 
-    return {"held": held}
+    return _counted(held, demand)
 
 
 def linear_logprob(
     input, linear_weight, linear_bias, ids, rows, *, row_scale, needs, chunks, keep_float32, dtype, vocab_start, group,
     **options,
 ):
-    return native.linear_logprob(
-        input, linear_weight, linear_bias, ids.long(), rows, row_scale, dtype, needs, keep_float32, chunks.rows,
-        chunks.tile, **options)
+    *results, d_input, d_weight, d_bias = native.linear_logprob(
+        input, linear_weight, linear_bias, ids.long(), rows, row_scale, dtype, needs, keep_float32,
+        _rows(chunks, input, group), chunks.tile, gather=_gather(group), vocab_start=vocab_start, **options)
+    return *results, _summed(d_input, input, group), d_weight, d_bias
 
 
 def linear_logprob_bytes(demand):
-    return {"held": lambda rows, columns: native.linear_logprob_bytes(
-        rows, columns, demand.vocab, demand.hidden, demand.dtype, demand.cast)}
+    return _counted(lambda rows, columns: native.linear_logprob_bytes(
+        rows, columns, demand.vocab, demand.hidden, demand.dtype, demand.cast), demand)
 
 
 def linear_distill(
@@ -52,15 +87,17 @@ def linear_distill(
     rows, *, class_weight, label_weight, row_scale, needs, chunks, keep_float32, dtype, group, vocab, vocab_start,
     **options,
 ):
-    return native.linear_distill(
+    *results, d_input, d_weight, d_bias = native.linear_distill(
         input, linear_weight, linear_bias, None if ids is None else ids.long(), probs, teacher_logits, teacher_input,
-        teacher_weight, teacher_bias, labels, class_weight, rows, row_scale, dtype, needs, keep_float32, chunks.rows,
-        chunks.tile, **options)
+        teacher_weight, teacher_bias, labels, class_weight, rows, row_scale, dtype, needs, keep_float32,
+        _rows(chunks, input, group), chunks.tile, gather=_gather(group), vocab_start=vocab_start, **options)
+    return *results, _summed(d_input, input, group), d_weight, d_bias
 
 
 def linear_distill_bytes(demand):
-    return {"held": lambda rows, columns: native.linear_distill_bytes(
-        rows, columns, demand.vocab, demand.hidden, demand.support, demand.teacher_hidden, demand.dtype, demand.cast)}
+    return _counted(lambda rows, columns: native.linear_distill_bytes(
+        rows, columns, demand.vocab, demand.hidden, demand.support, demand.teacher_hidden, demand.dtype,
+        demand.cast), demand)
 
 
 def cross_entropy(logits, ids, probs, dense, rows, *, class_weight, label_weight, row_scale, **options):

@@ -7,11 +7,16 @@ before loading: against another torch the extension would crash or compute nonse
 import functools
 import importlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 _RECORD = Path(__file__).with_name("_build.json")
+# Float64 (n,) of this rank -> (ranks, n) of all that share the vocabulary. Then the weight, and all else that has V, is
+# of this rank's ids, which begin at `vocab_start`, and d_input is float32 and this rank's part.
+Gather = Callable[[torch.Tensor], torch.Tensor]
+
 _REBUILD = "rebuild it with `pip install --no-build-isolation --no-deps --force-reinstall .` or `make build`"
 
 
@@ -75,6 +80,11 @@ def grad_filter_bytes(tokens: int, rows: int, vocab: int, hidden: int, dtype: to
     return _extension().grad_filter_bytes(tokens, rows, vocab, hidden, dtype)
 
 
+def ranks_bytes(tokens: int, rows: int, vocab: int, support: int, ranks: int) -> int:
+    """The same of what a call holds on top if ranks share the vocabulary, each with ``vocab`` ids at most."""
+    return _extension().ranks_bytes(tokens, rows, vocab, support, ranks)
+
+
 def linear_cross_entropy(
     input: torch.Tensor,  # (N, D) float32, bfloat16 or float16
     weight: torch.Tensor,  # (V, D)
@@ -101,13 +111,15 @@ def linear_cross_entropy(
     grad_filter_weight: float = 0.0,
     vocab_order: torch.Tensor | None = None,  # (V,) int64; None: by mean probability
     held_bytes: int = 1 << 62,  # of what the filter leaves, before d_weight's products
+    gather: Gather | None = None,  # None: this is the whole vocabulary
+    vocab_start: int = 0,
 ) -> tuple[torch.Tensor | None, ...]:
     """``(loss, nll, lse, certificate, d_input, d_weight, d_bias)``, the first three (M,) float32; see
     csrc/cpu/linear_cross_entropy.h. Not differentiable itself."""
     return _extension().linear_cross_entropy(
         input, weight, bias, ids, probs, dense, class_weight, index, row_scale, dtype, needs, keep_float32, rows,
         columns, logit_scale, softcap, temperature, label_smoothing, z_loss, bucket, grad_filter, grad_filter_weight,
-        vocab_order, held_bytes,
+        vocab_order, held_bytes, gather, vocab_start,
     )  # fmt: skip
 
 
@@ -132,12 +144,14 @@ def linear_logprob(
     logit_scale: float = 1.0,
     softcap: float = 0.0,  # 0: none
     temperature: float = 1.0,
+    gather: Gather | None = None,
+    vocab_start: int = 0,
 ) -> tuple[torch.Tensor | None, ...]:
     """``(logprob, entropy, lse, argmax, d_input, d_weight, d_bias)``, the first four (M,) float32; see
     csrc/cpu/linear_logprob.h. Not differentiable itself."""
     return _extension().linear_logprob(
         input, weight, bias, ids, index, row_scale, dtype, needs, keep_float32, rows, columns, logit_scale, softcap,
-        temperature)
+        temperature, gather, vocab_start)
 
 
 def linear_distill_bytes(
@@ -180,6 +194,8 @@ def linear_distill(
     ce_weight: float = 0.0,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    gather: Gather | None = None,
+    vocab_start: int = 0,
 ) -> tuple[torch.Tensor | None, ...]:
     """``(loss, divergence, nll, lse, d_input, d_weight, d_bias)``, the first four (M,) float32; see
     csrc/cpu/linear_distill.h. Not differentiable itself."""
@@ -187,7 +203,7 @@ def linear_distill(
         input, weight, bias, ids, probs, teacher_logits, teacher_input, teacher_weight, teacher_bias, labels,
         class_weight, index, row_scale, dtype, needs, keep_float32, rows, columns, logit_scale, softcap, temperature,
         teacher_logit_scale, teacher_softcap, divergence, beta, tail, temperature_squared, with_ce, ce_weight,
-        label_smoothing, z_loss)
+        label_smoothing, z_loss, gather, vocab_start)
 
 
 def softmax_rows(logits: torch.Tensor, temperature: float, log: bool) -> torch.Tensor:

@@ -59,6 +59,8 @@ class Demand:
     softcap: bool = False
     smoothing: bool = False
     dense: bool = False         # class probabilities
+    ranks: int = 1              # that share the vocabulary
+    summed: int = 0             # tokens, counting or not, whose d_input is added up over them
     held: Callable[[int, int], int] | None = None   # bytes of so many rows and columns, if the backend counts them
 
     def fixed(self) -> int:

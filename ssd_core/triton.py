@@ -7,7 +7,7 @@ import os
 
 import torch
 
-from ssd_core.chunked import groups
+from ssd_core import groups
 from ssd_core.chunked import head as heads
 
 

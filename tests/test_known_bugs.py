@@ -27,6 +27,7 @@ from ssd_core import (
     TeacherHidden,
     TeacherLogits,
     cross_entropy,
+    groups,
     linear_cross_entropy,
     linear_distill,
     linear_logprob,
@@ -34,7 +35,6 @@ from ssd_core import (
     softmax,
 )
 from ssd_core.checks import UsageError
-from ssd_core.chunked import groups
 from ssd_core.chunked.linear_cross_entropy import linear_cross_entropy as chunked
 from ssd_core.plan import MIB, ChunkPlan, Demand, plan_chunks
 
@@ -227,6 +227,10 @@ class Ranks:
     def all_reduce(self, tensor, how, group):
         if group is None:
             return tensor
+        stacked = self.all_gather(tensor, group)
+        return tensor.copy_(stacked.sum(0) if how == "sum" else stacked.amax(0))
+
+    def all_gather(self, tensor, group):
         if self.barrier.wait() == 0:
             self.given = []
         self.barrier.wait()
@@ -234,10 +238,11 @@ class Ranks:
         self.barrier.wait()
         stacked = torch.stack(self.given)
         self.barrier.wait()
-        return tensor.copy_(stacked.sum(0) if how == "sum" else stacked.amax(0))
+        return stacked
 
 
-def test_cut_cross_entropy_42_vocabulary_over_ranks(monkeypatch):
+@each_backend
+def test_cut_cross_entropy_42_vocabulary_over_ranks(backend, monkeypatch):
     """d_hidden of a sharded vocabulary was wrong until curves were compared with one rank. (Processes: see
     ops/test_process_group.py.)"""
     x, w, b, y = problem()
@@ -245,12 +250,14 @@ def test_cut_cross_entropy_42_vocabulary_over_ranks(monkeypatch):
     true = loss.detach(), *torch.autograd.grad(loss, (x, w, b))
     group, found, shards = Ranks(2), {}, (slice(0, 117), slice(117, 301))
     monkeypatch.setattr(groups, "all_reduce", group.all_reduce)
+    monkeypatch.setattr(groups, "all_gather", group.all_gather)
     monkeypatch.setattr(groups, "find", lambda name: group if name else None)
 
     def rank(own):
         leaves = [t.detach()[part].requires_grad_() for t, part in ((x, slice(None)), (w, own), (b, own))]
         loss = linear_cross_entropy(
-            leaves[0], leaves[1], y, linear_bias=leaves[2], process_group=group, vocab_start=own.start)
+            leaves[0], leaves[1], y, linear_bias=leaves[2], process_group=group, vocab_start=own.start,
+            backend=backend)
         found[own.start] = loss.detach(), *torch.autograd.grad(loss, leaves)
 
     threads = [threading.Thread(target=rank, args=(own,)) for own in shards]

@@ -29,7 +29,7 @@ data ops
 plan backends targets sampling_params files
 triton
 chunked reference cpu
-native kernels
+native kernels groups
 checks
 """.split("\n")[1:-1]
 HEIGHT = {name: -line for line, names in enumerate(LAYERS) for name in names.split()}

@@ -11,9 +11,9 @@ namespace ssd_core::cpu {
 
 ClassProbabilityPass::ClassProbabilityPass(
     const at::Tensor& probabilities, const at::Tensor& bias, const at::Tensor& row_scale, const RowOptions& options,
-    int64_t count)
+    const Ranks& ranks, int64_t count)
     : targets_(probabilities, at::Tensor(), at::Tensor(), at::Tensor(), 1, 0, 1), bias_(bias), row_scale_(row_scale),
-      options_(options), tile_options_{options.softcap > 0, options.cap_slope, options.slope, true} {
+      options_(options), ranks_(ranks), tile_options_{options.softcap > 0, options.cap_slope, options.slope, true} {
   const auto floats = at::TensorOptions(at::kFloat);
   loss = at::empty({count}, floats);
   nll = at::empty({count}, floats);
@@ -78,40 +78,51 @@ void ClassProbabilityPass::look(const Block& block, float* u, void* kept, bool a
 }
 
 void ClassProbabilityPass::finish() {
-  const int64_t panel = grid_.panel;
-  at::parallel_for(0, chunk_.panels, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> max(panel);
-    std::vector<double> sum(panel), spread(panel);
-    for (int64_t p = begin; p < end; ++p) {
-      tiles_.finish(words_, options_.slope, p, max.data(), sum.data());
-      if (spread_.defined()) {
-        spread_.finish(grid_, options_.class_weight, p, spread.data());
-      }
-      for (int64_t lane = 0; lane < panel && p * panel + lane < chunk_.n; ++lane) {
-        double below = 0, mass = 0, plain = 0, all = 0;
-        for (int64_t t = 0; t < grid_.tiles; ++t) {
-          const float tile_max = max_.of(p, t)[lane];
-          const double rise = tile_max == -kInfinity ? 0 : static_cast<double>(max[lane]) - tile_max;
-          below += below_.of(p, t)[lane] + rise * mass_.of(p, t)[lane];
-          plain += plain_below_.of(p, t)[lane] + rise * plain_mass_.of(p, t)[lane];
-          mass += mass_.of(p, t)[lane];
-          all += plain_mass_.of(p, t)[lane];
+  finish_panels<Found>(
+      ranks_, chunk_, grid_.panel, {}, [&](int64_t p, Found* found) { find(p, found); },
+      [&](int64_t, const Found&, const OfRanks<Found>& all) -> Found {
+        return {
+            merged(all, &Found::row, options_.slope), merged(all, &Found::spread), merged(all, &Found::target),
+            merged(all, &Found::plain)};
+      },
+      [&](int64_t p, const Found* found) {
+        for (int64_t lane = 0; lane < grid_.panel && p * grid_.panel + lane < chunk_.n; ++lane) {
+          finish_token(p, lane, found[lane]);
         }
-        finish_token(p, lane, {max[lane], sum[lane], spread[lane]}, below, mass, plain, all);
-      }
-    }
-  });
+      });
 }
 
-void ClassProbabilityPass::finish_token(
-    int64_t p, int64_t lane, const RowSums& found, double below, double mass, double plain, double all) {
+void ClassProbabilityPass::find(int64_t p, Found* found) const {
+  float max[kMaxPanel];
+  double sum[kMaxPanel];
+  Spread spread[kMaxPanel] = {};
+  tiles_.finish(words_, options_.slope, p, max, sum);
+  if (spread_.defined()) {
+    spread_.finish(grid_, options_.class_weight, p, spread);
+  }
+  for (int64_t lane = 0; lane < grid_.panel && p * grid_.panel + lane < chunk_.n; ++lane) {
+    Spread target = {max[lane], 0, 0}, plain = target;
+    for (int64_t t = 0; t < grid_.tiles; ++t) {
+      const float tile_max = max_.of(p, t)[lane];
+      const double rise = tile_max == -kInfinity ? 0 : static_cast<double>(max[lane]) - tile_max;
+      target.sum += below_.of(p, t)[lane] + rise * mass_.of(p, t)[lane];
+      plain.sum += plain_below_.of(p, t)[lane] + rise * plain_mass_.of(p, t)[lane];
+      target.weight += mass_.of(p, t)[lane];
+      plain.weight += plain_mass_.of(p, t)[lane];
+    }
+    found[lane] = {{max[lane], sum[lane]}, spread[lane], target, plain};
+  }
+}
+
+void ClassProbabilityPass::finish_token(int64_t p, int64_t lane, const Found& found) {
   const int64_t place = chunk_.begin + p * grid_.panel + lane;
   const double sharp = 1 - options_.label_smoothing, uniform = options_.label_smoothing / options_.vocab;
   Sums sums = {};  // with w_j = c_j (sharp y_j + uniform)
-  sums.row = {found.max, found.sum, sharp * below + uniform * found.spread};
-  sums.weight = sharp * mass + uniform * options_.class_weight_sum;
-  sums.plain_spread = plain;
-  sums.plain_weight = all;
+  const double spread = sharp * found.target.sum + uniform * found.spread.sum;
+  sums.row = {static_cast<float>(found.row.max), found.row.sum, spread};
+  sums.weight = sharp * found.target.weight + uniform * options_.class_weight_sum;
+  sums.plain_spread = found.plain.sum;
+  sums.plain_weight = found.plain.weight;
   const float scale = row_scale_.defined() ? row_scale_.const_data_ptr<float>()[place] : 0.0f;
   const RowTerms terms = finish_dense_row(options_, sums, scale);
   loss.mutable_data_ptr<float>()[place] = terms.loss;

@@ -7,6 +7,7 @@
 
 #include "cross_entropy_terms.h"
 #include "linear_head.h"
+#include "ranks.h"
 #include "teacher.h"
 
 namespace ssd_core::cpu {
@@ -19,7 +20,7 @@ class ClassProbabilityPass : public RowPass {
   // bias (V,) float32 or undefined; row_scale (M,) float32 or undefined
   ClassProbabilityPass(
       const at::Tensor& probabilities, const at::Tensor& bias, const at::Tensor& row_scale, const RowOptions& options,
-      int64_t count);
+      const Ranks& ranks, int64_t count);
 
   at::Tensor loss, nll, lse;
 
@@ -39,12 +40,18 @@ class ClassProbabilityPass : public RowPass {
   const float* class_weight(const Block& block) const {
     return options_.class_weight ? options_.class_weight + block.first : nullptr;
   }
-  void finish_token(int64_t p, int64_t lane, const RowSums& found, double below, double mass, double plain, double all);
+  struct Found {
+    Exponentials row;
+    Spread spread, target, plain;  // of smoothing; with weights c_j w_j, w_j
+  };
+  void find(int64_t p, Found* found) const;
+  void finish_token(int64_t p, int64_t lane, const Found& found);
 
   Teacher targets_;  // read as a teacher's logits are
   const at::Tensor& bias_;
   const at::Tensor& row_scale_;
   const RowOptions& options_;
+  const Ranks& ranks_;
   TileOptions tile_options_;
   Grid grid_;
   Words words_;

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 namespace ssd_core::cpu {
 
@@ -20,7 +21,7 @@ RowOptions row_options(
   check_option("z_loss", z_loss, true, "a finite number");
 
   RowOptions options = {};
-  options.vocab = vocab;
+  options.vocab = options.own = vocab;
   options.class_weight = class_weight.defined() ? class_weight.const_data_ptr<float>() : nullptr;
   options.class_weight_sum = static_cast<double>(vocab);
   if (options.class_weight) {
@@ -40,17 +41,29 @@ RowOptions row_options(
   return options;
 }
 
-void check_ids(const int64_t* ids, const float* probs, int64_t rows, int64_t width, int64_t vocab) {
+void check_ids(
+    const int64_t* ids, const float* probs, int64_t rows, int64_t width, int64_t vocab, int64_t first) {
   for (int64_t i = 0; i < rows * width; ++i) {
     const bool used = !probs || probs[i] != 0;
+    const int64_t id = ids[i] + first;
     TORCH_CHECK_INDEX(
-        !used || (ids[i] >= 0 && ids[i] < vocab),
-        "ids: expected 0 <= id < V = ", vocab, ", got ", ids[i], " in row ", i / width, ", column ", i % width);
+        !used || (id >= 0 && id < vocab),
+        "ids: expected 0 <= id < V = ", vocab, ", got ", id, " in row ", i / width, ", column ", i % width);
   }
 }
 
 TargetReader::TargetReader(int64_t width, int64_t vocab)
     : entries_(width), seen_(width > 1 ? (vocab + 63) / 64 : 0) {}
+
+namespace {
+
+// c of an id; NaN: another rank's.
+double class_weight_of(const RowOptions& options, int64_t id) {
+  const bool own = id >= 0 && id < options.own;
+  return !options.class_weight ? 1 : own ? options.class_weight[id] : std::numeric_limits<double>::quiet_NaN();
+}
+
+}  // namespace
 
 RowTarget TargetReader::read(const int64_t* ids, const float* probs, const RowOptions& options, bool bucket) {
   const auto width = static_cast<int64_t>(entries_.size());
@@ -64,8 +77,9 @@ RowTarget TargetReader::read(const int64_t* ids, const float* probs, const RowOp
     }
     sum += weight;
     if (width > 1) {
-      uint64_t& word = seen_[ids[k] / 64];
-      const uint64_t bit = uint64_t{1} << (ids[k] % 64);
+      const int64_t place = ids[k] + options.first;
+      uint64_t& word = seen_[place / 64];
+      const uint64_t bit = uint64_t{1} << (place % 64);
       if (word & bit) {
         std::find_if(entries, entries + count, [&](const auto& entry) { return entry.id == ids[k]; })->weight += weight;
         continue;
@@ -76,12 +90,14 @@ RowTarget TargetReader::read(const int64_t* ids, const float* probs, const RowOp
   }
   if (width > 1) {
     for (int64_t k = 0; k < count; ++k) {
-      seen_[entries[k].id / 64] = 0;
+      seen_[(entries[k].id + options.first) / 64] = 0;
     }
   }
-  std::sort(entries, entries + count, [](const auto& a, const auto& b) { return a.id < b.id; });
+  if (options.own == options.vocab) {
+    std::sort(entries, entries + count, [](const auto& a, const auto& b) { return a.id < b.id; });
+  }
   const double tail = bucket && count < options.vocab && sum < 1 ? 1 - sum : 0;
-  return {entries, count, sum, tail, options.class_weight ? options.class_weight[ids[0]] : 1.0};
+  return {entries, count, sum, tail, class_weight_of(options, ids[0])};
 }
 
 RowTerms finish_row(const RowOptions& options, const RowSums& found, const RowTarget& target, float row_scale) {

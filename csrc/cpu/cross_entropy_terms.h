@@ -14,16 +14,16 @@ RowOptions row_options(
     int64_t vocab, const at::Tensor& class_weight, double logit_scale, double softcap, double temperature,
     double label_smoothing, double z_loss);
 
-// Before any row is overwritten, so that a bad id leaves the logits as they were.
-void check_ids(const int64_t* ids, const float* probs, int64_t rows, int64_t width, int64_t vocab);
+// Before any row is overwritten, so that a bad id leaves the logits as they were. Ids are relative to `first`.
+void check_ids(const int64_t* ids, const float* probs, int64_t rows, int64_t width, int64_t vocab, int64_t first = 0);
 
 // One row's target.
 struct RowTarget {
-  TargetEntry* entries;  // (count,) distinct ids, ascending
+  TargetEntry* entries;  // (count,) distinct ids, ascending; over ranks in the order given, which all have in common
   int64_t count;
   double sum;           // S
   double tail;          // p_tail: mass on the ids outside the support, 0 without bucket
-  double class_weight;  // c_y
+  double class_weight;  // c_y; NaN: another rank's
 };
 
 // One thread's workspace for turning a row of (id, probability) pairs into a RowTarget: weights of an id are added up.

@@ -53,8 +53,9 @@ void add_row(const Words& words, const char* row, float factor, int64_t count, f
 
 }  // namespace
 
-GradFilter::GradFilter(double delta_input, double delta_weight, int64_t held_bytes, Tokens tokens)
-    : held_limit_(held_bytes), tokens_(std::move(tokens)) {
+GradFilter::GradFilter(
+    double delta_input, double delta_weight, int64_t held_bytes, Tokens tokens, const Ranks& ranks)
+    : held_limit_(held_bytes), tokens_(std::move(tokens)), ranks_(ranks) {
   const auto share = [&](double delta) {
     for (size_t s = 0; s < shares_.size(); ++s) {
       if (shares_[s].delta == delta) {
@@ -129,6 +130,7 @@ void GradFilter::select(Share& share) {
       skipped[i] = total;
     }
   });
+  ranks_.add(skipped.data(), n);
   for (int64_t i = 0; i < n; ++i) {
     share.skipped_max = std::max(share.skipped_max, skipped[i]);
     share.skipped_sum += skipped[i];
@@ -419,7 +421,8 @@ at::Tensor GradFilter::certificate() const {
     const auto tokens = static_cast<double>(std::max<int64_t>(1, count_));
     out[0] = std::max(out[0], static_cast<float>(share.skipped_max));
     out[1] = std::max(out[1], static_cast<float>(share.skipped_sum / tokens));
-    out[2] += static_cast<float>(share.active_count / (tokens * static_cast<double>(grid_.tiles)) / each);
+    const double active = ranks_.sum(share.active_count / (tokens * static_cast<double>(grid_.tiles)));
+    out[2] += static_cast<float>(active / static_cast<double>(ranks_.count()) / each);
   }
   return found;
 }

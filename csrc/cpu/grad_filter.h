@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "linear_head.h"
+#include "ranks.h"
 
 namespace ssd_core::cpu {
 
@@ -28,7 +29,7 @@ class GradFilter {
   };
 
   // A bound of 0: exact. About `held_bytes` of active gradient wait at most.
-  GradFilter(double delta_input, double delta_weight, int64_t held_bytes, Tokens tokens);
+  GradFilter(double delta_input, double delta_weight, int64_t held_bytes, Tokens tokens, const Ranks& ranks);
 
   bool filters_input() const { return input_ >= 0; }
   bool filters_weight() const { return weight_ >= 0; }
@@ -42,7 +43,8 @@ class GradFilter {
   // What waits, and the moment match of all that was skipped. d_weight: all of it is written.
   void close(const at::Tensor& d_input, const at::Tensor& d_weight);
 
-  // (3,) the largest and the mean mass that was skipped of a token, the fraction of (token, tile) pairs that stayed.
+  // (3,) the largest and the mean mass that was skipped of a token, of all ranks together, and the fraction of (token,
+  // tile) pairs that stayed.
   at::Tensor certificate() const;
 
  private:
@@ -80,6 +82,7 @@ class GradFilter {
   int input_ = -1, weight_ = -1;  // places in shares, or none
   int64_t held_limit_;
   Tokens tokens_;
+  const Ranks& ranks_;
   const HeadCall* call_ = nullptr;
   const Weight* head_weight_ = nullptr;
   Grid grid_;

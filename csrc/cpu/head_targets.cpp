@@ -1,5 +1,8 @@
 #include "head_targets.h"
 
+#include <cmath>
+#include <limits>
+
 namespace ssd_core::cpu {
 
 void HeadTargets::read(
@@ -10,8 +13,9 @@ void HeadTargets::read(
   const int64_t width = ids_c.size(1), n = chunk.n;
   const int64_t* id_data = ids_c.const_data_ptr<int64_t>();
   const float* prob_data = probs_c.defined() ? probs_c.const_data_ptr<float>() : nullptr;
-  check_ids(id_data, prob_data, n, width, grid.vocab);
-  TargetReader reader(width, grid.vocab);
+  check_ids(id_data, prob_data, n, width, options.vocab, options.first);
+  TargetReader reader(width, options.vocab);
+  own_ = options.own;
   entries.clear();
   token.clear();
   rows.clear();
@@ -24,16 +28,47 @@ void HeadTargets::read(
     token.insert(token.end(), target.count, static_cast<int32_t>(i));
     rows.push_back(target);
   }
+  int64_t found = 0;
   for (const TargetEntry& entry : entries) {
-    ++tile_first[entry.id / kTile + 1];
+    if (is_own(entry)) {
+      ++tile_first[entry.id / kTile + 1];
+      ++found;
+    }
   }
   for (int64_t t = 0; t < grid.tiles; ++t) {
     tile_first[t + 1] += tile_first[t];
   }
-  by_tile.resize(entries.size());
+  by_tile.resize(found);
   std::vector<int64_t> next(tile_first.begin(), tile_first.end() - 1);
   for (size_t e = 0; e < entries.size(); ++e) {
-    by_tile[next[entries[e].id / kTile]++] = static_cast<int32_t>(e);
+    if (is_own(entries[e])) {
+      by_tile[next[entries[e].id / kTile]++] = static_cast<int32_t>(e);
+    }
+  }
+}
+
+void HeadTargets::tell(double* out) const {
+  for (const TargetEntry& entry : entries) {
+    *out++ = is_own(entry) ? entry.value : std::numeric_limits<double>::quiet_NaN();
+  }
+  for (const RowTarget& row : rows) {
+    *out++ = row.class_weight;
+  }
+}
+
+void HeadTargets::learn(const double* all, int64_t ranks, int64_t stride) {
+  const auto first = [&] {
+    const double* at = all++;
+    for (int64_t r = 1; r < ranks && std::isnan(*at); ++r) {
+      at += stride;
+    }
+    return *at;
+  };
+  for (TargetEntry& entry : entries) {
+    entry.value = static_cast<float>(first());
+  }
+  for (RowTarget& row : rows) {
+    row.class_weight = first();
   }
 }
 

@@ -15,6 +15,7 @@
 #include "grad_filter.h"
 #include "head_targets.h"
 #include "linear_head.h"
+#include "ranks.h"
 #include "vocab_order.h"
 
 namespace ssd_core::cpu {
@@ -27,8 +28,9 @@ struct Tensors {
 
 class CrossEntropyPass : public RowPass {
  public:
-  CrossEntropyPass(const Tensors& given, const RowOptions& options, bool bucket, int64_t count)
-      : given_(given), options_(options), bucket_(bucket), scaled_(given.row_scale.defined()),
+  CrossEntropyPass(
+      const Tensors& given, const RowOptions& options, const Ranks& ranks, bool bucket, int64_t count)
+      : given_(given), options_(options), ranks_(ranks), bucket_(bucket), scaled_(given.row_scale.defined()),
         tile_options_{options.softcap > 0, options.cap_slope, options.slope, options.softcap > 0} {
     const auto floats = given.ids.options().dtype(at::kFloat);
     loss = at::empty({count}, floats);
@@ -86,21 +88,21 @@ class CrossEntropyPass : public RowPass {
 
   // The row's statistics from its tiles', results, and what the gradient needs.
   void finish() override {
-    const int64_t panel = grid_.panel;
     terms_.resize(chunk_.n);
-    at::parallel_for(0, chunk_.panels, 1, [&](int64_t begin, int64_t end) {
-      std::vector<float> max(panel);
-      std::vector<double> sum(panel), spread(panel);
-      for (int64_t p = begin; p < end; ++p) {
-        if (spread_.defined()) {
-          spread_.finish(grid_, options_.class_weight, p, spread.data());
-        }
-        tiles_.finish(words_, options_.slope, p, max.data(), sum.data());
-        for (int64_t lane = 0; lane < panel; ++lane) {
-          finish_token(p, lane, {max[lane], sum[lane], spread[lane]});
-        }
-      }
-    });
+    finish_panels<Found>(
+        ranks_, chunk_, grid_.panel, {&targets_}, [&](int64_t p, Found* found) { find(p, found); },
+        [&](int64_t i, const Found& mine, const OfRanks<Found>& all) {
+          const Found whole = {merged(all, &Found::row, options_.slope), merged(all, &Found::spread)};
+          tiles_.rebase(
+              i / grid_.panel, i % grid_.panel, rebased(options_.slope, mine.row.max, whole.row.max));
+          return whole;
+        },
+        [&](int64_t p, const Found* found) {
+          for (int64_t lane = 0; lane < grid_.panel; ++lane) {
+            const Found& of = found[lane];
+            finish_token(p, lane, {static_cast<float>(of.row.max), of.row.sum, of.spread.sum});
+          }
+        });
   }
 
   void gradient(const Block& block, void* kept, char* by_row, int64_t row_bytes) override {
@@ -133,7 +135,9 @@ class CrossEntropyPass : public RowPass {
     }
     const RowTarget& target = targets_.rows[i];
     for (int64_t k = 0; k < target.count; ++k) {
-      mass[target.entries[k].id / kTile] = kInfinity;
+      if (target.entries[k].id >= 0 && target.entries[k].id < options_.own) {
+        mass[target.entries[k].id / kTile] = kInfinity;
+      }
     }
   }
 
@@ -141,6 +145,24 @@ class CrossEntropyPass : public RowPass {
   double weight(int64_t i) const { return terms_[i].common * terms_[i].scale; }
 
  private:
+  struct Found {
+    Exponentials row;  // without the support, if that has a tail
+    Spread spread;
+  };
+
+  void find(int64_t p, Found* found) const {
+    float max[kMaxPanel];
+    double sum[kMaxPanel];
+    Spread spread[kMaxPanel] = {};
+    if (spread_.defined()) {
+      spread_.finish(grid_, options_.class_weight, p, spread);
+    }
+    tiles_.finish(words_, options_.slope, p, max, sum);
+    for (int64_t lane = 0; lane < grid_.panel; ++lane) {
+      found[lane] = {{max[lane], sum[lane]}, spread[lane]};
+    }
+  }
+
   const float* class_weight(const Block& block) const {
     return options_.class_weight ? options_.class_weight + block.first : nullptr;
   }
@@ -169,6 +191,7 @@ class CrossEntropyPass : public RowPass {
 
   const Tensors& given_;
   const RowOptions& options_;
+  const Ranks& ranks_;
   bool bucket_, scaled_;
   TileOptions tile_options_;
   Grid grid_;
@@ -231,18 +254,22 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     double grad_filter,
     double grad_filter_weight,
     const std::optional<at::Tensor>& vocab_order,
-    int64_t held_bytes) {
+    int64_t held_bytes,
+    const Ranks::Gather& gather,
+    int64_t vocab_start) {
+  const Ranks ranks(gather, vocab_start, weight.size(0));
   Tensors given = {
-      ids, value_or_undefined(probs), paired_class_weights(class_weight), contiguous_or_undefined(row_scale),
-      value_or_undefined(bias)};
+      ranks.relative(ids), value_or_undefined(probs), paired_class_weights(class_weight),
+      contiguous_or_undefined(row_scale), value_or_undefined(bias)};
   const at::Tensor bias_given = given.bias, tokens = contiguous_or_undefined(index);
   given.bias = bias_given.defined() ? bias_given.to(at::kFloat).contiguous() : bias_given;
-  const RowOptions options = row_options(
-      weight.size(0), given.class_weight, logit_scale, softcap, temperature, label_smoothing, z_loss);
+  const RowOptions options = ranks.shared(row_options(
+      weight.size(0), given.class_weight, logit_scale, softcap, temperature, label_smoothing, z_loss));
   HeadCall call = {
       input, weight, bias_given, tokens, dtype, given.row_scale.defined(), needs, keep_float32, rows, columns};
+  call.shared = !ranks.alone();
   if (dense.has_value() && dense->defined()) {
-    ClassProbabilityPass pass(*dense, given.bias, given.row_scale, options, call.count());
+    ClassProbabilityPass pass(*dense, given.bias, given.row_scale, options, ranks, call.count());
     const HeadGradients gradients = run_head(call, pass);
     return {pass.loss, pass.nll, pass.lse, at::Tensor(), gradients.input, gradients.weight, gradients.bias};
   }
@@ -253,13 +280,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     put_in_order(call.order, given);
     ordered.class_weight = given.class_weight.defined() ? given.class_weight.const_data_ptr<float>() : nullptr;
   }
-  CrossEntropyPass pass(given, ordered, bucket, call.count());
+  CrossEntropyPass pass(given, ordered, ranks, bucket, call.count());
   std::optional<GradFilter> filter;
   if (filtered) {
     filter.emplace(
         grad_filter, grad_filter_weight, held_bytes,
         GradFilter::Tokens{
-            [&](int64_t i, float* mass) { pass.masses(i, mass); }, [&](int64_t i) { return pass.weight(i); }});
+            [&](int64_t i, float* mass) { pass.masses(i, mass); }, [&](int64_t i) { return pass.weight(i); }},
+        ranks);
   }
   const HeadGradients gradients = run_head(call, pass, filter ? &*filter : nullptr);
   const at::Tensor certificate = filter ? filter->certificate() : at::Tensor();

@@ -12,6 +12,7 @@
 #include "distill_terms.h"
 #include "head_targets.h"
 #include "linear_head.h"
+#include "ranks.h"
 #include "teacher.h"
 
 namespace ssd_core::cpu {
@@ -25,6 +26,7 @@ struct Given {
   RowOptions ce_options;               // of the cross-entropy, at temperature 1
   Measure measure;
   bool with_ce;
+  Ranks ranks;
 
   bool scaled() const { return row_scale.defined(); }
   bool two_slopes() const { return with_ce && measure.temperature != 1; }
@@ -101,21 +103,45 @@ class DistillPass : public RowPass {
     }
   }
 
-  // Of a panel, before its tokens are finished: the cross-entropy's statistics, of tiles of its own.
-  struct Panel {
-    std::vector<float> max, ce_max;
-    std::vector<double> sum, ce_sum, spread;
-    explicit Panel(int64_t width) : max(width), ce_max(width), sum(width), ce_sum(width), spread(width) {}
+  // Of a token before it is finished.
+  struct Found {
+    Exponentials row, ce;  // the student's, without a sparse teacher's ids; of the whole row at temperature 1
+    Spread spread;
+    Exponentials teacher;
+    double cross;  // see add_cross
   };
 
-  void finish_tiles(int64_t p, Panel& found) {
-    tiles_.finish(words_, given_.options.slope, p, found.max.data(), found.sum.data());
+  void find(int64_t p, Found* found) const {
+    const auto each = [&](const TileExponentials& tiles, float slope, Exponentials Found::*part) {
+      float max[kMaxPanel];
+      double sum[kMaxPanel];
+      tiles.finish(words_, slope, p, max, sum);
+      for (int64_t lane = 0; lane < grid_.panel; ++lane) {
+        found[lane].*part = {max[lane], sum[lane]};
+      }
+    };
+    each(tiles_, given_.options.slope, &Found::row);
     if (given_.two_slopes()) {
-      ce_tiles_.finish(words_, given_.ce_options.slope, p, found.ce_max.data(), found.ce_sum.data());
+      each(ce_tiles_, given_.ce_options.slope, &Found::ce);
     }
     if (spread_.defined()) {
-      spread_.finish(grid_, given_.ce_options.class_weight, p, found.spread.data());
+      Spread spread[kMaxPanel];
+      spread_.finish(grid_, given_.ce_options.class_weight, p, spread);
+      for (int64_t lane = 0; lane < grid_.panel; ++lane) {
+        found[lane].spread = spread[lane];
+      }
     }
+  }
+
+  // Of all ranks, but for the teacher; what is kept of the student's tiles becomes relative to it.
+  Found whole(int64_t i, const Found& mine, const OfRanks<Found>& all) const {
+    const double slope = given_.options.slope;
+    Found found = {};
+    found.row = merged(all, &Found::row, slope);
+    found.ce = merged(all, &Found::ce, given_.ce_options.slope);
+    found.spread = merged(all, &Found::spread);
+    tiles_.rebase(i / grid_.panel, i % grid_.panel, rebased(slope, mine.row.max, found.row.max));
+    return found;
   }
 
   // Results of a token from its divergence and, with cross-entropy, from what was found of the whole row at temperature
@@ -208,15 +234,14 @@ class SparseDistillPass : public DistillPass {
 
   void finish() override {
     std::fill(lanes_.begin(), lanes_.end(), 0.0f);
-    at::parallel_for(0, chunk_.panels, 1, [&](int64_t begin, int64_t end) {
-      Panel found(grid_.panel);
-      for (int64_t p = begin; p < end; ++p) {
-        finish_tiles(p, found);
-        for (int64_t lane = 0; lane < grid_.panel && p * grid_.panel + lane < chunk_.n; ++lane) {
-          finish_row_of(p, lane, found);
-        }
-      }
-    });
+    finish_panels<Found>(
+        given_.ranks, chunk_, grid_.panel, {&labels_, &support_}, [&](int64_t p, Found* found) { find(p, found); },
+        [&](int64_t i, const Found& mine, const OfRanks<Found>& all) { return whole(i, mine, all); },
+        [&](int64_t p, const Found* found) {
+          for (int64_t lane = 0; lane < grid_.panel && p * grid_.panel + lane < chunk_.n; ++lane) {
+            finish_row_of(p, lane, found[lane]);
+          }
+        });
   }
 
   void gradient(const Block& block, void* kept, char* by_row, int64_t row_bytes) override {
@@ -257,20 +282,20 @@ class SparseDistillPass : public DistillPass {
     double max;  // of v off the support
   };
 
-  void finish_row_of(int64_t p, int64_t lane, const Panel& found) {
+  void finish_row_of(int64_t p, int64_t lane, const Found& found) {
     const int64_t i = p * grid_.panel + lane;
     const RowTarget& target = support_.rows[i];
-    const RowSums off = {found.max[lane], found.sum[lane], 0};
+    const RowSums off = {static_cast<float>(found.row.max), found.row.sum, 0};
     const SupportTerms terms = support_terms(given_.measure, tail_, given_.options.slope, off, target);
     support_terms_[i] = {terms, off.max};
     if (given_.scaled()) {
       lanes(p, kFactor)[lane] = tail_ == Tail::kSupport ? 0.0f : static_cast<float>(slope_scale(i) * terms.off);
       lanes(p, kMax)[lane] = off.max == -kInfinity ? 0.0f : off.max;
     }
-    RowSums whole = {found.ce_max[lane], found.ce_sum[lane], found.spread[lane]};
+    RowSums whole = {static_cast<float>(found.ce.max), found.ce.sum, found.spread.sum};
     if (given_.with_ce && !given_.two_slopes()) {
       whole = with_support(off, given_.options.slope, target);
-      whole.spread = found.spread[lane];
+      whole.spread = found.spread.sum;
     }
     finish_token(i, terms.value, whole, off.max);
   }
@@ -348,30 +373,21 @@ class DenseDistillPass : public DistillPass {
 
   // Normalisers of both sides, and the two KL, which are linear in the terms of masses that are not normalised.
   void normalise() override {
-    found_.assign(chunk_.panels, Panel(grid_.panel));
+    rows_.resize(chunk_.panels * grid_.panel);
     totals_.assign(2 * chunk_.panels * grid_.panel, 0.0);
-    at::parallel_for(0, chunk_.panels, 1, [&](int64_t begin, int64_t end) {
-      std::vector<float> max(grid_.tiles * grid_.panel), teacher_max(max.size()), row_max(grid_.panel);
-      std::vector<double> teacher_sum(grid_.panel);
-      for (int64_t p = begin; p < end; ++p) {
-        std::copy_n(tiles_.max.of(p), max.size(), max.data());
-        std::copy_n(teacher_tiles_.max.of(p), max.size(), teacher_max.data());
-        finish_tiles(p, found_[p]);
-        teacher_tiles_.finish(words_, teacher_.slope(), p, row_max.data(), teacher_sum.data());
-        for (int64_t lane = 0; lane < grid_.panel; ++lane) {
-          lanes(p, kMax)[lane] = found_[p].max[lane];
-          lanes(p, kLogSum)[lane] = static_cast<float>(std::log(found_[p].sum[lane]));
-          lanes(p, kTeacherMax)[lane] = row_max[lane];
-          lanes(p, kTeacherLogSum)[lane] = static_cast<float>(std::log(teacher_sum[lane]));
-          if (!looks_twice()) {
-            const double log_ratio = std::log(found_[p].sum[lane]) - std::log(teacher_sum[lane]);  // of the sums
-            const double value = kl(p, lane, max.data(), teacher_max.data(), teacher_sum[lane], log_ratio);
-            total(p, lane, 0) = value;
-            total(p, lane, 1) = given_.measure.kind == Divergence::kForwardKl ? -1 : value;
+    finish_panels<Found>(
+        given_.ranks, chunk_, grid_.panel, {&labels_}, [&](int64_t p, Found* found) { find_both(p, found); },
+        [&](int64_t i, const Found& mine, const OfRanks<Found>& all) {
+          Found found = whole(i, mine, all);
+          found.teacher = merged(all, &Found::teacher, teacher_.slope());
+          all.each([&](const Found& of) { add_cross(of.row, of.teacher, of.cross, found); });
+          return found;
+        },
+        [&](int64_t p, const Found* found) {
+          for (int64_t lane = 0; lane < grid_.panel; ++lane) {
+            normalise_token(p, lane, found[lane]);
           }
-        }
-      }
-    });
+        });
   }
 
   void look_twice(const Block& block, const void* kept) override {
@@ -381,18 +397,19 @@ class DenseDistillPass : public DistillPass {
   }
 
   void finish() override {
+    if (looks_twice()) {
+      for (int64_t i = 0; i < chunk_.n; ++i) {
+        const int64_t p = i / grid_.panel, lane = i % grid_.panel;
+        for (int64_t t = 0; t < grid_.tiles; ++t) {
+          total(p, lane, 0) += value_.of(p, t)[lane];
+          total(p, lane, 1) += own_.of(p, t)[lane];
+        }
+      }
+      given_.ranks.add(totals_.data(), 2 * chunk_.n);
+    }
     for (int64_t i = 0; i < chunk_.n; ++i) {
       const int64_t p = i / grid_.panel, lane = i % grid_.panel;
-      for (int64_t t = 0; looks_twice() && t < grid_.tiles; ++t) {
-        total(p, lane, 0) += value_.of(p, t)[lane];
-        total(p, lane, 1) += own_.of(p, t)[lane];
-      }
-      const Panel& found = found_[p];
-      RowSums whole = {found.max[lane], found.sum[lane], found.spread[lane]};
-      if (given_.two_slopes()) {
-        whole = {found.ce_max[lane], found.ce_sum[lane], found.spread[lane]};
-      }
-      finish_token(i, total(p, lane, 0), whole, found.max[lane]);
+      finish_token(i, total(p, lane, 0), rows_[i], lanes(p, kMax)[lane]);
       lanes(p, kOwn)[lane] = static_cast<float>(total(p, lane, 1));
       lanes(p, kScale)[lane] = given_.scaled() ? static_cast<float>(slope_scale(i)) : 0.0f;
     }
@@ -452,34 +469,63 @@ class DenseDistillPass : public DistillPass {
             lanes(p, kLogSum),       lanes(p, kTeacherLogSum)};
   }
 
-  // sum_j a (log a - log b), a the teacher's probabilities and b the student's, or the other way round, from the tiles'
-  // sums, whose exponents are relative to the tile's maxima.
-  double kl(
-      int64_t p, int64_t lane, const float* max, const float* teacher_max, double teacher_sum, double log_ratio) {
-    const bool forward = given_.measure.kind == Divergence::kForwardKl;
-    const TileExponentials& of_a = forward ? teacher_tiles_ : tiles_;
-    double sum = 0;
-    for (int64_t t = 0; t < grid_.tiles; ++t) {
-      const double part = of_a.sum.of(p, t)[lane], value = value_.of(p, t)[lane];
-      const auto rise = [&](const float* of_tile, float of_row, double slope) {
-        const float tile_max = of_tile[t * grid_.panel + lane];
-        return tile_max == -kInfinity ? 0.0 : slope * (static_cast<double>(tile_max) - of_row);
-      };
-      const double student = rise(max, lanes(p, kMax)[lane], given_.options.slope);
-      const double teacher = rise(teacher_max, lanes(p, kTeacherMax)[lane], teacher_.slope());
-      const double exponent = forward ? teacher : student, shift = std::exp(exponent);
-      if (part == 0 || shift == 0) {  // no mass of a
-        continue;
+  void find_both(int64_t p, Found* found) const {
+    const int64_t panel = grid_.panel, count = grid_.tiles * panel;
+    float teacher_max[kMaxPanel];
+    double teacher_sum[kMaxPanel];
+    std::vector<float> tile_max(count), teacher_tile_max(count);
+    std::copy_n(tiles_.max.of(p), count, tile_max.data());
+    std::copy_n(teacher_tiles_.max.of(p), count, teacher_tile_max.data());
+    find(p, found);
+    teacher_tiles_.finish(words_, teacher_.slope(), p, teacher_max, teacher_sum);
+    for (int64_t lane = 0; lane < panel; ++lane) {
+      found[lane].teacher = {teacher_max[lane], teacher_sum[lane]};
+      for (int64_t t = 0; !looks_twice() && t < grid_.tiles; ++t) {
+        const int64_t at = t * panel + lane;
+        add_cross(
+            {tile_max[at], tiles_.sum.of(p, t)[lane]}, {teacher_tile_max[at], teacher_tiles_.sum.of(p, t)[lane]},
+            value_.of(p, t)[lane], found[lane]);
       }
-      sum += shift * (value + part * (forward ? teacher - student : student - teacher));
     }
-    return sum / (forward ? teacher_sum : found_[p].sum[lane]) + (forward ? log_ratio : -log_ratio);
+  }
+
+  bool forward() const { return given_.measure.kind == Divergence::kForwardKl; }
+
+  // To sum_j a (log a - log b), a the teacher's exponentials and b the student's or the other way round, relative to
+  // the maxima that were found: the same of a part, a tile or a rank, which is `value` relative to its own.
+  void add_cross(const Exponentials& student, const Exponentials& teacher, double value, Found& to) const {
+    const auto rise = [](double part, double whole, double slope) {
+      return part == -kInfinity ? 0.0 : slope * (part - whole);
+    };
+    const double by_student = rise(student.max, to.row.max, given_.options.slope);
+    const double by_teacher = rise(teacher.max, to.teacher.max, teacher_.slope());
+    const double part = forward() ? teacher.sum : student.sum;
+    const double shift = std::exp(forward() ? by_teacher : by_student);
+    if (part != 0 && shift != 0) {  // some mass of a
+      to.cross += shift * (value + part * (forward() ? by_teacher - by_student : by_student - by_teacher));
+    }
+  }
+
+  void normalise_token(int64_t p, int64_t lane, const Found& found) {
+    lanes(p, kMax)[lane] = static_cast<float>(found.row.max);
+    lanes(p, kLogSum)[lane] = static_cast<float>(std::log(found.row.sum));
+    lanes(p, kTeacherMax)[lane] = static_cast<float>(found.teacher.max);
+    lanes(p, kTeacherLogSum)[lane] = static_cast<float>(std::log(found.teacher.sum));
+    const Exponentials& row = given_.two_slopes() ? found.ce : found.row;
+    rows_[p * grid_.panel + lane] = {static_cast<float>(row.max), row.sum, found.spread.sum};
+    if (!looks_twice()) {
+      const double log_ratio = std::log(found.row.sum) - std::log(found.teacher.sum);  // of the sums
+      const double value = found.cross / (forward() ? found.teacher.sum : found.row.sum) +
+          (forward() ? log_ratio : -log_ratio);
+      total(p, lane, 0) = value;
+      total(p, lane, 1) = forward() ? -1 : value;
+    }
   }
 
   Teacher& teacher_;
   TileExponentials teacher_tiles_;
   TileNumbers value_, own_;
-  std::vector<Panel> found_;
+  std::vector<RowSums> rows_;   // (n,) of the cross-entropy
   std::vector<double> totals_;  // (n, 2): the divergence, and the sum of its pulls
 };
 
@@ -528,21 +574,26 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     bool with_ce,
     double ce_weight,
     double label_smoothing,
-    double z_loss) {
+    double z_loss,
+    const Ranks::Gather& gather,
+    int64_t vocab_start) {
   const at::Tensor bias_given = value_or_undefined(bias), tokens = contiguous_or_undefined(index);
   const at::Tensor weights = paired_class_weights(class_weight);
   const int64_t vocab = weight.size(0);
+  const Ranks ranks(gather, vocab_start, vocab);
   Given given = {
       bias_given.defined() ? bias_given.to(at::kFloat).contiguous() : bias_given,
-      labels.has_value() && labels->defined() ? labels->unsqueeze(-1) : at::Tensor(),
+      labels.has_value() && labels->defined() ? ranks.relative(*labels).unsqueeze(-1) : at::Tensor(),
       contiguous_or_undefined(row_scale),
-      row_options(vocab, at::Tensor(), logit_scale, softcap, temperature, 0, 0),
-      row_options(vocab, weights, logit_scale, softcap, 1, label_smoothing, z_loss),
+      ranks.shared(row_options(vocab, at::Tensor(), logit_scale, softcap, temperature, 0, 0)),
+      ranks.shared(row_options(vocab, weights, logit_scale, softcap, 1, label_smoothing, z_loss)),
       measure_of(divergence, beta, temperature, temperature_squared, ce_weight),
-      with_ce};
+      with_ce,
+      ranks};
   given.ce_options.factor = ce_weight;
-  const HeadCall call = {
+  HeadCall call = {
       input, weight, bias_given, tokens, dtype, given.scaled(), needs, keep_float32, rows, columns};
+  call.shared = !ranks.alone();
   const auto results = [&](DistillPass& pass) {
     const HeadGradients gradients = run_head(call, pass);
     return std::make_tuple(
@@ -550,7 +601,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
         gradients.bias);
   };
   if (ids.has_value() && ids->defined()) {
-    SparseDistillPass pass(given, *ids, *probs, tail_of(tail), call.count());
+    const at::Tensor support = ranks.relative(*ids);
+    SparseDistillPass pass(given, support, *probs, tail_of(tail), call.count());
     return results(pass);
   }
   Teacher teacher(

@@ -7,6 +7,8 @@
 #include <string>
 #include <tuple>
 
+#include "ranks.h"
+
 namespace ssd_core::cpu {
 
 // A divergence from a teacher to a linear head, in chunks as linear_cross_entropy, and the cross-entropy that goes with
@@ -46,7 +48,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     bool with_ce,
     double ce_weight,
     double label_smoothing,
-    double z_loss);
+    double z_loss,
+    const Ranks::Gather& gather,  // empty: this is the whole vocabulary; otherwise as in linear_cross_entropy
+    int64_t vocab_start);
 
 // Bytes that it holds at most: see head_bytes. `support`: ids of a sparse teacher, 0: a dense one, whose hidden states
 // have length `teacher_hidden`, 0: its logits are given.

@@ -32,6 +32,7 @@ class Head {
     grid_.vocab = call.weight.size(0);
     grid_.extent = pass.extent(grid_.vocab);
     grid_.tiles = divide_up(grid_.extent, kTile);
+    step_ = call.shared ? std::min(std::max<int64_t>(call.rows, 1), grid_.panels * panel_) : grid_.panels * panel_;
     span_ = call.columns >= grid_.extent ? grid_.tiles : std::max<int64_t>(1, call.columns / kTile);
     for (int k = 0; k < 3; ++k) {
       needs_[k] = call.needs[k] && call.scaled;
@@ -40,8 +41,8 @@ class Head {
 
   HeadGradients run() {
     allocate();
-    for (int64_t begin = 0; begin < count_; begin += grid_.panels * panel_) {
-      run_chunk(begin, std::min(grid_.panels * panel_, count_ - begin));
+    for (int64_t begin = 0; begin < count_; begin += step_) {
+      run_chunk(begin, std::min(step_, count_ - begin));
     }
     if (filter_ && call_.scaled) {
       filter_->close(d_input_, d_weight_);
@@ -75,13 +76,13 @@ class Head {
     const bool filtered_input = filter_ && filter_->filters_input();
     const bool filtered_weight = filter_ && filter_->filters_weight();
     if (needs_[0]) {
-      d_input_ = at::zeros_like(call_.input);
+      d_input_ = call_.shared ? at::zeros(call_.input.sizes(), floats) : at::zeros_like(call_.input);
       if (!filtered_input) {
         d_tokens_ = empty({grid_.panels, hidden_, panel_}, floats);
       }
     }
     if (needs_[1]) {
-      const bool once = !call_.keep_float32 && (filtered_weight || count_ <= chunk);
+      const bool once = !call_.keep_float32 && (filtered_weight || count_ <= step_);
       const auto options = call_.weight.options().dtype(once ? call_.weight.scalar_type() : at::kFloat);
       d_weight_ = count_ > 0 ? empty(call_.weight.sizes(), options) : at::zeros(call_.weight.sizes(), options);
       if (!filtered_weight) {
@@ -314,7 +315,7 @@ class Head {
     const at::Tensor part = d_tokens_.permute({0, 2, 1})
                                 .reshape({grid_.panels * panel_, hidden_})
                                 .slice(0, 0, chunk_.n)
-                                .to(call_.input.scalar_type());
+                                .to(d_input_.scalar_type());
     if (chunk_.index.defined()) {
       d_input_.index_copy_(0, chunk_.index, part);
     } else {
@@ -328,7 +329,7 @@ class Head {
   Words words_;
   const TileKernels& kernels_;
   Weight weight_;
-  int64_t panel_, count_, hidden_, span_, kept_stride_ = 0, kept_tile_ = 0;
+  int64_t panel_, count_, hidden_, step_, span_, kept_stride_ = 0, kept_tile_ = 0;
   Grid grid_;
   std::array<bool, 3> needs_;
   Chunk chunk_;
@@ -382,6 +383,13 @@ void TileExponentials::finish(
   }
 }
 
+void TileExponentials::rebase(int64_t panel, int64_t lane, double factor) const {
+  float* shift = max.of(panel) + lane;
+  for (int64_t t = 0; t < max.tiles(); ++t, shift += max.width()) {
+    *shift = static_cast<float>(*shift * factor);
+  }
+}
+
 void TileSpread::allocate(const Grid& grid) {
   sum_.allocate(grid);
   max_.allocate(grid);
@@ -394,7 +402,7 @@ void TileSpread::look(
   std::copy_n(max, words.kernels->panel, max_.of(block.panel, block.tile));
 }
 
-void TileSpread::finish(const Grid& grid, const float* class_weight, int64_t p, double* total) const {
+void TileSpread::finish(const Grid& grid, const float* class_weight, int64_t p, Spread* row) const {
   const int64_t panel = grid.panel, tiles = divide_up(grid.vocab, kTile);
   std::vector<float> row_max(panel, -kInfinity);
   for (int64_t t = 0; t < tiles; ++t) {
@@ -403,7 +411,9 @@ void TileSpread::finish(const Grid& grid, const float* class_weight, int64_t p, 
       row_max[lane] = std::max(row_max[lane], max[lane]);
     }
   }
-  std::fill_n(total, panel, 0.0);
+  for (int64_t lane = 0; lane < panel; ++lane) {
+    row[lane] = {row_max[lane], 0.0, 0.0};
+  }
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t rows = std::min(kTile, grid.vocab - t * kTile);
     double weight = static_cast<double>(rows);
@@ -414,7 +424,8 @@ void TileSpread::finish(const Grid& grid, const float* class_weight, int64_t p, 
     const float* max = max_.of(p, t);
     for (int64_t lane = 0; lane < panel; ++lane) {
       const double shift = max[lane] == -kInfinity ? 0.0 : max[lane];
-      total[lane] += sum[lane] + weight * (static_cast<double>(row_max[lane]) - shift);
+      row[lane].weight += weight;
+      row[lane].sum += sum[lane] + weight * (static_cast<double>(row_max[lane]) - shift);
     }
   }
 }

@@ -78,6 +78,16 @@ class RowPass {
   virtual void gradient(const Block& block, void* kept, char* by_row, int64_t row_bytes) = 0;
 };
 
+// Of a row, or of the part of it that one rank has: the max of v, and the sum of exp(slope * (v - max)).
+struct Exponentials {
+  double max, sum;
+};
+
+// The max of v, sum_j c_j and sum_j c_j (max - v_j).
+struct Spread {
+  double max, weight, sum;
+};
+
 // A number for each (token, tile) of a chunk: (panels, tiles, panel), an even number of tiles.
 class TileNumbers {
  public:
@@ -87,6 +97,7 @@ class TileNumbers {
     return data_.mutable_data_ptr<float>() + (panel * tiles_ + tile) * width_;
   }
   int64_t tiles() const { return tiles_; }
+  int64_t width() const { return width_; }
   bool defined() const { return data_.defined(); }
 
  private:
@@ -102,6 +113,8 @@ struct TileExponentials {
   void open(const Grid& grid);  // before the tiles of a chunk
   // The row's, of a panel: max (panel,), sum (panel,). From then on `max` holds exp(slope * (tile's max - row's max)).
   void finish(const Words& words, float slope, int64_t panel, float* row_max, double* row_sum) const;
+  // Of a token whose row is only a part: exponents are relative to the max of all of it, `factor` that of the part's.
+  void rebase(int64_t panel, int64_t lane, double factor) const;
 };
 
 // What each tile adds to sum_j c_j (max v - v_j), which label smoothing takes; c null: 1.
@@ -111,7 +124,7 @@ class TileSpread {
   bool defined() const { return sum_.defined(); }
   // v (rows, panel) of a block and its max.
   void look(const Words& words, const Block& block, const float* v, const float* max, const float* class_weight);
-  void finish(const Grid& grid, const float* class_weight, int64_t panel, double* total) const;
+  void finish(const Grid& grid, const float* class_weight, int64_t panel, Spread* row) const;  // (panel,)
 
  private:
   TileNumbers sum_, max_;
@@ -136,6 +149,9 @@ struct HeadCall {
   // (V,) int64: the place of each tile's rows in weight and bias, contiguous; undefined: as they are. All else that
   // depends on the vocabulary is in this order.
   at::Tensor order = {};
+  // Other ranks have the rest of the vocabulary: d_input, which is to be summed over them, stays in float32, and a
+  // chunk has `rows` tokens whatever a panel has, for all look at the same ones at a time.
+  bool shared = false;
 
   int64_t id(int64_t place) const { return order.defined() ? order.const_data_ptr<int64_t>()[place] : place; }
   int64_t count() const { return index.defined() ? index.size(0) : input.size(0); }

@@ -9,6 +9,7 @@
 #include "head_targets.h"
 #include "linear_head.h"
 #include "logprob_terms.h"
+#include "ranks.h"
 
 namespace ssd_core::cpu {
 
@@ -19,8 +20,8 @@ class LogprobPass : public RowPass {
   // ids (N, 1); row_scale (M, 2) or undefined.
   LogprobPass(
       const at::Tensor& ids, const at::Tensor& bias, const at::Tensor& row_scale, const RowOptions& options,
-      int64_t count)
-      : ids_(ids), bias_(bias), row_scale_(row_scale), options_(options), scaled_(row_scale.defined()),
+      const Ranks& ranks, int64_t count)
+      : ids_(ids), bias_(bias), row_scale_(row_scale), options_(options), ranks_(ranks), scaled_(row_scale.defined()),
         slopes_(scaled_ && row_scale.select(1, 1).count_nonzero().item<int64_t>() > 0),
         tile_options_{options.softcap > 0, options.cap_slope, options.slope, slopes_ || options.softcap > 0},
         results_(at::empty({4, count}, ids.options().dtype(at::kFloat))) {}
@@ -66,19 +67,15 @@ class LogprobPass : public RowPass {
   }
 
   void finish() override {
-    const int64_t panel = grid_.panel;
     terms_.resize(chunk_.n);
-    at::parallel_for(0, chunk_.panels, 1, [&](int64_t begin, int64_t end) {
-      std::vector<float> max(panel), tile_max(grid_.tiles * panel);
-      std::vector<double> sum(panel);
-      for (int64_t p = begin; p < end; ++p) {
-        std::copy_n(tiles_.max.of(p), tile_max.size(), tile_max.data());
-        tiles_.finish(words_, options_.slope, p, max.data(), sum.data());
-        for (int64_t lane = 0; lane < panel; ++lane) {
-          finish_token(p, lane, tile_max.data(), max[lane], sum[lane]);
-        }
-      }
-    });
+    finish_panels<Found>(
+        ranks_, chunk_, grid_.panel, {&targets_}, [&](int64_t p, Found* found) { find(p, found); },
+        [&](int64_t i, const Found& mine, const OfRanks<Found>& all) { return whole(i, mine, all); },
+        [&](int64_t p, const Found* found) {
+          for (int64_t lane = 0; lane < grid_.panel; ++lane) {
+            finish_token(p, lane, found[lane]);
+          }
+        });
   }
 
   void gradient(const Block& block, void* kept, char* by_row, int64_t row_bytes) override {
@@ -105,27 +102,62 @@ class LogprobPass : public RowPass {
     double on_logprob, on_entropy;  // with dz/du, but for the softcap
   };
 
-  void finish_token(int64_t p, int64_t lane, const float* tile_max, float max, double sum) {
-    const int64_t i = p * grid_.panel + lane, place = chunk_.begin + i, panel = grid_.panel;
-    Terms terms = {};
-    if (i < chunk_.n) {
-      double below = 0;  // sum_j e^x x, x relative to the row's max
+  struct Found {
+    Exponentials row;
+    double below;   // sum_j e^x x, x relative to the row's max
+    double argmax;  // of all ranks' ids
+  };
+
+  void find(int64_t p, Found* found) const {
+    const int64_t panel = grid_.panel;
+    float max[kMaxPanel];
+    double sum[kMaxPanel];
+    std::vector<float> tile_max(grid_.tiles * panel);
+    std::copy_n(tiles_.max.of(p), tile_max.size(), tile_max.data());
+    tiles_.finish(words_, options_.slope, p, max, sum);
+    for (int64_t lane = 0; lane < panel && p * panel + lane < chunk_.n; ++lane) {
+      double below = 0;
       int64_t argmax = -1;
       for (int64_t t = 0; t < grid_.tiles; ++t) {
         const float shift = tiles_.max.of(p, t)[lane], part = tiles_.sum.of(p, t)[lane];
-        if (argmax < 0 && tile_max[t * panel + lane] == max) {
+        if (argmax < 0 && tile_max[t * panel + lane] == max[lane]) {
           argmax = t * kTile + reinterpret_cast<const int32_t*>(first_.of(p, t))[lane];
         }
         if (shift > 0 || std::isnan(part)) {
-          const double rise = options_.slope * (static_cast<double>(tile_max[t * panel + lane]) - max);
+          const double rise = options_.slope * (static_cast<double>(tile_max[t * panel + lane]) - max[lane]);
           below += shift * (below_.of(p, t)[lane] + rise * part);
         }
       }
-      terms.row = logprob_terms(options_.slope, max, sum, below, targets_.rows[i].entries->value);
-      const double found[] = {
-          terms.row.logprob, terms.row.entropy, terms.row.lse, static_cast<double>(std::max<int64_t>(argmax, 0))};
+      argmax = options_.first + std::max<int64_t>(argmax, 0);
+      found[lane] = {{max[lane], sum[lane]}, below, static_cast<double>(argmax)};
+    }
+  }
+
+  Found whole(int64_t i, const Found& mine, const OfRanks<Found>& all) const {
+    const double slope = options_.slope;
+    Found found = {merged(all, &Found::row, slope), 0, kInfinity};
+    all.each([&](const Found& of) {
+      const double shift = rebased(slope, of.row.max, found.row.max);
+      if (shift > 0 || std::isnan(of.row.sum)) {
+        found.below += shift * (of.below + slope * (of.row.max - found.row.max) * of.row.sum);
+      }
+      if (of.row.max == found.row.max) {
+        found.argmax = std::min(found.argmax, of.argmax);
+      }
+    });
+    tiles_.rebase(i / grid_.panel, i % grid_.panel, rebased(slope, mine.row.max, found.row.max));
+    return found;
+  }
+
+  void finish_token(int64_t p, int64_t lane, const Found& found) {
+    const int64_t i = p * grid_.panel + lane, place = chunk_.begin + i, panel = grid_.panel;
+    Terms terms = {};
+    if (i < chunk_.n) {
+      terms.row = logprob_terms(
+          options_.slope, found.row.max, found.row.sum, found.below, targets_.rows[i].entries->value);
+      const double results[] = {terms.row.logprob, terms.row.entropy, terms.row.lse, found.argmax};
       for (int k = 0; k < 4; ++k) {
-        results_.mutable_data_ptr<float>()[k * results_.size(1) + place] = static_cast<float>(found[k]);
+        results_.mutable_data_ptr<float>()[k * results_.size(1) + place] = static_cast<float>(results[k]);
       }
       if (scaled_) {
         const double scale = options_.logit_scale / options_.temperature;
@@ -136,7 +168,7 @@ class LogprobPass : public RowPass {
     }
     if (scaled_) {  // -q_j (on_logprob + on_entropy (log q_j + H))
       float* lanes = lanes_.data() + 3 * p * panel;
-      const double mass = i < chunk_.n ? 1 / sum : 0;
+      const double mass = i < chunk_.n ? 1 / found.row.sum : 0;
       lanes[lane] =
           static_cast<float>(-mass * (terms.on_logprob + terms.on_entropy * (terms.row.entropy - terms.row.log_sum)));
       lanes[panel + lane] = static_cast<float>(-mass * terms.on_entropy);
@@ -148,6 +180,7 @@ class LogprobPass : public RowPass {
   const at::Tensor& bias_;
   const at::Tensor& row_scale_;
   const RowOptions& options_;
+  const Ranks& ranks_;
   bool scaled_, slopes_;  // slopes: the entropy's gradient is wanted, too
   TileOptions tile_options_;
   at::Tensor results_;  // (4, M)
@@ -184,14 +217,19 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     int64_t columns,
     double logit_scale,
     double softcap,
-    double temperature) {
+    double temperature,
+    const Ranks::Gather& gather,
+    int64_t vocab_start) {
+  const Ranks ranks(gather, vocab_start, weight.size(0));
   const at::Tensor bias_given = value_or_undefined(bias), tokens = contiguous_or_undefined(index);
   const at::Tensor bias_floats = bias_given.defined() ? bias_given.to(at::kFloat).contiguous() : bias_given;
-  const at::Tensor labels = ids.unsqueeze(-1), scale = contiguous_or_undefined(row_scale);
-  const RowOptions options = row_options(weight.size(0), at::Tensor(), logit_scale, softcap, temperature, 0, 0);
-  const HeadCall call = {
+  const at::Tensor labels = ranks.relative(ids).unsqueeze(-1), scale = contiguous_or_undefined(row_scale);
+  const RowOptions options =
+      ranks.shared(row_options(weight.size(0), at::Tensor(), logit_scale, softcap, temperature, 0, 0));
+  HeadCall call = {
       input, weight, bias_given, tokens, dtype, scale.defined(), needs, keep_float32, rows, columns};
-  LogprobPass pass(labels, bias_floats, scale, options, call.count());
+  call.shared = !ranks.alone();
+  LogprobPass pass(labels, bias_floats, scale, options, ranks, call.count());
   const HeadGradients gradients = run_head(call, pass);
   return {pass.result(0), pass.result(1),  pass.result(2),  pass.result(3),
           gradients.input, gradients.weight, gradients.bias};

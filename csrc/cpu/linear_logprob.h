@@ -6,6 +6,8 @@
 #include <optional>
 #include <tuple>
 
+#include "ranks.h"
+
 namespace ssd_core::cpu {
 
 // Log-probability of given ids and entropy of a linear head, in chunks as linear_cross_entropy; z as there.
@@ -28,7 +30,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     int64_t columns,
     double logit_scale,
     double softcap,
-    double temperature);
+    double temperature,
+    const Ranks::Gather& gather,  // empty: this is the whole vocabulary; otherwise as in linear_cross_entropy
+    int64_t vocab_start);
 
 // Bytes that it holds at most: see head_bytes.
 int64_t linear_logprob_bytes(

@@ -13,8 +13,9 @@ namespace ssd_core::cpu {
 
 // One call's options.
 struct RowOptions {
-  int64_t vocab;              // V
-  const float* class_weight;  // (V,) or null
+  int64_t vocab;              // V, of all ranks that share it
+  int64_t first, own;         // of this rank's ids: the first, and how many; those of targets are relative to the first
+  const float* class_weight;  // (own,) or null
   double class_weight_sum;    // sum_j c_j, V without class weights
   double logit_scale;         // > 0
   double softcap;             // 0: none

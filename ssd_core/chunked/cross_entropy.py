@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from ssd_core.chunked import groups
+from ssd_core import groups
 from ssd_core.chunked.logits import BelowMax, LogSumExp, RowPass, inside_tile, marked, run, wide_dtype
 
 

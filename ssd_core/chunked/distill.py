@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ssd_core.chunked import groups
+from ssd_core import groups
 from ssd_core.chunked.cross_entropy import CrossEntropyRows
 from ssd_core.chunked.logits import LogSumExp, RowPass, capped, inside_tile, marked, run, wide_dtype
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import torch
 
+from ssd_core import groups
 from ssd_core.checks import expect
-from ssd_core.chunked import groups
 from ssd_core.chunked.logits import blocks, wide_dtype
 
 TILE = 256

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from ssd_core.chunked import groups
+from ssd_core import groups
 from ssd_core.chunked.logits import capped, wide_dtype
 
 SUM_LENGTH = 1 << 14    # terms that a float32 product may add up in one go; shorter ones cost time

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ssd_core.chunked import groups
+from ssd_core import groups
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:

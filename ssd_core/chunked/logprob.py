@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ssd_core.chunked import groups
+from ssd_core import groups
 from ssd_core.chunked.logits import LogSumExp, RowPass, inside_tile, run, wide_dtype
 
 

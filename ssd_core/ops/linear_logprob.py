@@ -7,8 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ssd_core import backends, checks
-from ssd_core.chunked import groups
+from ssd_core import backends, checks, groups
 from ssd_core.ops import autograd, tokens
 from ssd_core.plan import Demand, plan_chunks
 
@@ -51,7 +50,8 @@ def _linear_logprob(
         len(input) if rows is None else len(rows), input.shape[1],
         groups.largest(len(linear_weight), input.device, group), 1, dtype, input.device, gathered=rows is not None,
         cast=tokens.packed(linear_weight, dtype), buffers=6 + (temperature != 1) + (softcap > 0),
-        d_weight=needs[1], wide_input=bool(process_group))
+        ranks=groups.size(group), summed=len(input) if process_group else 0, d_weight=needs[1],
+        wide_input=bool(process_group))
     demand = serving.counted(demand)
     with tokens.without_autocast(input.device):
         *results, d_input, d_weight, d_bias = serving.load()(

@@ -6,8 +6,7 @@ import contextlib
 
 import torch
 
-from ssd_core import checks
-from ssd_core.chunked import groups
+from ssd_core import checks, groups
 from ssd_core.targets import SparseTarget
 
 REDUCTIONS = ("none", "mean", "sum")

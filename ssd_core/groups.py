@@ -1,4 +1,4 @@
-"""Sums and maxima over the ranks that share a vocabulary."""
+"""Sums and maxima over the ranks that share a vocabulary, and what each of them has."""
 
 from __future__ import annotations
 
@@ -27,6 +27,15 @@ def all_reduce(tensor: torch.Tensor, how: str, group) -> torch.Tensor:
     return tensor
 
 
+def all_gather(tensor: torch.Tensor, group) -> torch.Tensor:
+    """(ranks, *shape): ``tensor`` of every rank, in their order."""
+    import torch.distributed as dist
+
+    found = tensor.new_empty(group.size(), *tensor.shape)
+    dist.all_gather(list(found), tensor, group=group)
+    return found
+
+
 def total(count: int, device, group) -> int:
     """The sum of this number over the ranks."""
     return _reduced(count, "sum", device, group)
@@ -35,6 +44,10 @@ def total(count: int, device, group) -> int:
 def largest(count: int, device, group) -> int:
     """The largest of this number on the ranks: whoever plans by it plans the same chunks on all of them."""
     return _reduced(count, "max", device, group)
+
+
+def smallest(count: int, device, group) -> int:
+    return -largest(-count, device, group)
 
 
 def _reduced(count, how, device, group):
