@@ -84,9 +84,11 @@ def _rows(
     ids = tl.load(ids_ptr + k, mask=k < K, other=NO_ID)
     if HARD:
         w = tl.where(k < K, 1.0, 0.0)
+    elif DENSE:
+        w = tl.where(k < K, 0.0, 0.0)
     else:
         w = tl.load(weights_ptr + k, mask=k < K, other=0.0)
-    used = w > 0 if not DENSE else w < 0
+    used = w > 0
     z_k = tl.full([BLOCK_K], float("nan"), tl.float32)         # an id that nobody has makes the loss NaN
     if CARRY:
         z_k = tl.load(state_ptr + STATE + k, mask=k < K, other=0.0)

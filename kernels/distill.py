@@ -149,8 +149,8 @@ def _sparse_rows(
             c = load_logits(x_ptr, bias_ptr, offsets, mask, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
             if WITH_CE:
                 ce_top, ce_sums, c_y, belows, weights = _look_at_labels(
-                    c, first_id + offsets == y, mask, class_weight_ptr, offsets, ce_top, ce_sums, c_y, belows, weights,
-                    SMOOTH, HAS_CLASS_WEIGHT)
+                    c, (first_id + offsets == y) & mask, mask, class_weight_ptr, offsets, ce_top, ce_sums, c_y, belows,
+                    weights, SMOOTH, HAS_CLASS_WEIGHT)
             if TAIL != SUPPORT:     # the sum is of what is off the support
                 on, next_k, next_id = support_until(
                     ids_ptr, weights_ptr, next_k, next_id, first_id + start + BLOCK_V, first_id + offsets, K)

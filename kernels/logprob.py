@@ -63,7 +63,7 @@ def _rows(
             z = load_logits(x_ptr, bias_ptr, offsets, mask, scale, softcap, HAS_BIAS, HAS_SOFTCAP) * inverse_temperature
             found, where = tl.max(z, 0, return_indices=True)        # the first of equal ones
             argmax = tl.where(found > top, (first_id + start + where).to(tl.float32), argmax)
-            at = first_id + offsets == y
+            at = (first_id + offsets == y) & mask               # behind the last column is another rank's
             z_y = tl.where(tl.max(at.to(tl.int32), 0) > 0, tl.sum(tl.where(at, z, 0.0), 0), z_y)
             before = top
             top, shift = raised(top, z)

@@ -29,7 +29,8 @@ def _summed(d_input, input, group):
 
 
 def _counted(held, demand):
-    """For ``Backend.counted``: the bytes of so many rows and columns, with what is told the other ranks and d_input until it is summed."""
+    """For ``Backend.counted``: the bytes of so many rows and columns, and of what is told the other ranks and d_input
+    until it is summed."""
     if not demand.summed:
         return {"held": held}
     d_input = demand.summed * demand.hidden * 4 if demand.dtype.itemsize == 2 else 0

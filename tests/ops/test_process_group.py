@@ -6,6 +6,7 @@ All cases run in one set of processes, each this file as a script.
 import dataclasses
 import datetime
 import importlib
+import os
 import subprocess
 import sys
 from collections import namedtuple
@@ -29,10 +30,11 @@ from ssd_core.chunked.logits import block_elements
 from ssd_core.plan import plan_chunks
 
 D, V = 16, 700
-COUNT = {"torch": 37, "cpu": 150}   # tokens: of compiled kernels several panels
+COUNT = {"torch": 37, "cpu": 150, "triton": 8}   # tokens: of compiled kernels several panels
 SHARDS = {2: (257, 443), 4: (1, 299, 120, 280)}
 DTYPES = {"torch": [torch.float32, torch.float64, torch.bfloat16],
-          "cpu": [] if native.missing() else [torch.float32, torch.bfloat16, torch.float16]}
+          "cpu": [] if native.missing() else [torch.float32, torch.bfloat16, torch.float16],
+          "triton": [torch.float32, torch.bfloat16] * (os.environ.get("TRITON_INTERPRET") == "1")}
 ROUNDING = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2e-6, torch.float16: 2e-6}
 EXACT = {"torch": torch.float64, "cpu": torch.float32}      # what the filter is tested in
 DELTA = 0.2
@@ -205,6 +207,9 @@ def worker(rank, world, folder):
     plans = []
 
     def planning(demand, workspace):
+        if backend == "triton":
+            columns = 97 if "tiles" in name else demand.vocab
+            return plan.ChunkPlan(3 if workspace else demand.tokens, 64, columns)
         if demand.held is None or workspace is None or name == "refused":
             plans.append(plan_chunks(demand, workspace))
             return plans[-1]
@@ -228,7 +233,7 @@ def worker(rank, world, folder):
                 found[name, backend, dtype] = run(case, given, shard, backend)
                 found["summed", name, backend, dtype] = set(summed)
                 found["plans", name, backend, dtype] = [(plan.rows, plan.tile) for plan in plans]
-        if dtypes:
+        if dtypes and backend != "triton":      # which plans as "torch" does, and has no filter
             name = "filtered"
             found |= filtered(backend, shard)
             found["ties", backend] = [ties(backend, first, shard) for first in (False, True)]
