@@ -297,7 +297,7 @@ def distill(
     if teacher_logits is not None:
         if teacher_logits.stride(1) != 1:
             teacher_logits = teacher_logits.contiguous()
-        given = TaughtPass(found, teacher_logits, scale=logit_scale, softcap=softcap).given(slice(None))
+        given = TaughtPass(found, teacher_logits).given(slice(None))      # they are the teacher's logits as they are
     grad = _on_logits(found, logits, row_scale is not None, rows, logit_scale, softcap, **given)
     return *found.results, grad
 

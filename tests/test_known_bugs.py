@@ -245,6 +245,8 @@ class Ranks:
 def test_cut_cross_entropy_42_vocabulary_over_ranks(backend, monkeypatch):
     """d_hidden of a sharded vocabulary was wrong until curves were compared with one rank. (Processes: see
     ops/test_process_group.py.)"""
+    if backend == "triton":
+        pytest.skip("Triton's interpreter serves one thread at a time")
     x, w, b, y = problem()
     loss = linear_cross_entropy(x, w, y, linear_bias=b)
     true = loss.detach(), *torch.autograd.grad(loss, (x, w, b))
