@@ -57,10 +57,13 @@ TargetReader::TargetReader(int64_t width, int64_t vocab)
 
 namespace {
 
-// c of an id; NaN: another rank's.
-double class_weight_of(const RowOptions& options, int64_t id) {
-  const bool own = id >= 0 && id < options.own;
-  return !options.class_weight ? 1 : own ? options.class_weight[id] : std::numeric_limits<double>::quiet_NaN();
+// c of the label; NaN: another rank's. Without class weights there may be no id.
+double class_weight_of(const RowOptions& options, const int64_t* label) {
+  if (!options.class_weight) {
+    return 1;
+  }
+  const bool own = *label >= 0 && *label < options.own;
+  return own ? options.class_weight[*label] : std::numeric_limits<double>::quiet_NaN();
 }
 
 }  // namespace
@@ -97,7 +100,7 @@ RowTarget TargetReader::read(const int64_t* ids, const float* probs, const RowOp
     std::sort(entries, entries + count, [](const auto& a, const auto& b) { return a.id < b.id; });
   }
   const double tail = bucket && count < options.vocab && sum < 1 ? 1 - sum : 0;
-  return {entries, count, sum, tail, class_weight_of(options, ids[0])};
+  return {entries, count, sum, tail, class_weight_of(options, ids)};
 }
 
 RowTerms finish_row(const RowOptions& options, const RowSums& found, const RowTarget& target, float row_scale) {
