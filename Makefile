@@ -39,7 +39,8 @@ fuzz: setup
 # the oldest transformers and triton that are supported, in an environment of its own
 test-floor:
 	@sh .ci/setup "" .venv-floor
-	.venv-floor/bin/python -P -m pip install --quiet "transformers==5.0.0" "triton==3.6.0"
+	.venv-floor/bin/python -P -m pip install --quiet "transformers==5.0.0" "triton==3.6.0" \
+		"numpy<2.4"    # whose arrays of one element the interpreter of that triton takes for numbers
 	.venv-floor/bin/python -P -m pytest -m "not all"
 
 lint: setup
