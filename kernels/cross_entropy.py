@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from .launch import row_launch
-from .logits import NO_ID, load_logits, raised, store_rounded, support_until
+from .logits import NO_ID, load_logits, raised, store_slope, support_until
 
 TOP, TOTAL, PEAK, BELOW, WEIGHT, PLAIN, PLAIN_WEIGHT, STATE = (tl.constexpr(i) for i in range(8))
 
@@ -220,12 +220,7 @@ def _rows(
                     if BUCKET:
                         g -= tl.where(on > 0, 0.0, off_slope * tl.exp(z - off_shift))
             g *= slope * scale
-            if HAS_SOFTCAP:
-                t = c / softcap
-                g *= 1 - t * t
-            if NARROWED:        # in its place it reaches into what other threads have yet to read
-                tl.debug_barrier()
-            store_rounded(grad_ptr, offsets, g, mask)
+            store_slope(grad_ptr, offsets, g, c, softcap, mask, HAS_SOFTCAP, NARROWED)
 
 
 class CrossEntropyRows:

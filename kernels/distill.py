@@ -21,7 +21,7 @@ import triton.language as tl
 from .cross_entropy import loss_of
 from .divergences import KINDS, divergence_terms
 from .launch import row_launch
-from .logits import NO_ID, load_logits, raised, store_rounded, support_until
+from .logits import NO_ID, load_logits, raised, store_slope, support_until
 
 BUCKET, RENORMALISE, SUPPORT = (tl.constexpr(tail) for tail in range(3))
 TAILS = {"bucket": BUCKET, "renormalise": RENORMALISE, "support": SUPPORT}
@@ -240,12 +240,7 @@ def _sparse_rows(
                     c, first_id + offsets == y, mask, class_weight_ptr, offsets, ce_top, ce_total, on_q, sharp, each,
                     SMOOTH, HAS_CLASS_WEIGHT)
             g *= scale
-            if HAS_SOFTCAP:
-                t = c / softcap
-                g *= 1 - t * t
-            if NARROWED:        # in its place it reaches into what other threads have yet to read
-                tl.debug_barrier()
-            store_rounded(grad_ptr, offsets, g, mask)
+            store_slope(grad_ptr, offsets, g, c, softcap, mask, HAS_SOFTCAP, NARROWED)
 
 
 # -- a dense teacher
@@ -387,12 +382,7 @@ def _dense_rows(
                     c, first_id + offsets == y, mask, class_weight_ptr, offsets, ce_top, ce_total, on_q, sharp, each,
                     SMOOTH, HAS_CLASS_WEIGHT)
             g *= scale
-            if HAS_SOFTCAP:
-                s = c / softcap
-                g *= 1 - s * s
-            if NARROWED:        # in its place it reaches into what other threads have yet to read
-                tl.debug_barrier()
-            store_rounded(grad_ptr, offsets, g, mask)
+            store_slope(grad_ptr, offsets, g, c, softcap, mask, HAS_SOFTCAP, NARROWED)
 
 
 class DistillRows:

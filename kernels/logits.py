@@ -44,6 +44,19 @@ def store_rounded(ptr, offsets, x, mask):
 
 
 @triton.jit
+def store_slope(
+    grad_ptr, offsets, g, c, softcap, mask, HAS_SOFTCAP: tl.constexpr, NARROWED: tl.constexpr,
+):
+    """The gradient with respect to c becomes that before the softcap, where tanh' = 1 - tanh^2, and is stored."""
+    if HAS_SOFTCAP:
+        t = c / softcap
+        g *= 1 - t * t
+    if NARROWED:        # in its place it reaches into what other threads have yet to read
+        tl.debug_barrier()
+    store_rounded(grad_ptr, offsets, g, mask)
+
+
+@triton.jit
 def raised(top, z):
     """The maximum so far and what exponents are relative to: 0 as long as there are none but -inf."""
     top = tl.maximum(top, tl.max(z, 0))

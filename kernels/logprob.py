@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .launch import row_launch
-from .logits import load_logits, raised, store_rounded
+from .logits import load_logits, raised, store_slope
 
 TOP, TOTAL, BELOW, LABEL, ARGMAX, STATE = (tl.constexpr(i) for i in range(6))
 
@@ -101,12 +101,7 @@ def _rows(
             q = tl.exp(log_q)
             g = -q * (on_logprob + tl.where(q > 0, on_entropy * (log_q + entropy), 0.0))
             g += tl.where(first_id + offsets == y, on_logprob, 0.0)
-            if HAS_SOFTCAP:
-                t = c / softcap
-                g *= 1 - t * t
-            if NARROWED:        # in its place it reaches into what other threads have yet to read
-                tl.debug_barrier()
-            store_rounded(grad_ptr, offsets, g, mask)
+            store_slope(grad_ptr, offsets, g, c, softcap, mask, HAS_SOFTCAP, NARROWED)
 
 
 class LogprobRows:
