@@ -173,12 +173,19 @@ def info(debug: Debug = False):
         facts.add_row(f"cuda:{device}", torch.cuda.get_device_name(device))
     facts.add_row("extension", native.missing() or ", ".join(f"{k} {v}" for k, v in native.build_info().items()))
     console.print(facts, soft_wrap=True)
-    table = Table("op", "backend", "devices", "dtypes", "here", box=None, pad_edge=False)
-    for record in BACKENDS:
-        here = record.missing() or ("available" if record.automatic else "available by name")
-        table.add_row(record.op, record.name, ", ".join(record.devices) or "any", ", ".join(record.dtypes), here)
-    console.print()
-    console.print(table)
+    names = list(dict.fromkeys(record.name for record in BACKENDS))
+    ops = Table("op", *names, box=None, pad_edge=False)
+    for op in dict.fromkeys(record.op for record in BACKENDS):
+        here = {record.name: "-" if record.missing() else "yes" if record.automatic else "by name"
+                for record in BACKENDS if record.op == op}
+        ops.add_row(op, *(here.get(name, "-") for name in names))
+    backends = Table("backend", "devices", "dtypes", "why not here", box=None, pad_edge=False)
+    for name in names:
+        record = next(record for record in BACKENDS if record.name == name)
+        backends.add_row(name, ", ".join(record.devices) or "any", ", ".join(record.dtypes), record.missing() or "")
+    for table in (ops, backends):
+        console.print()
+        console.print(table)
 
 
 @command(sampling=SamplingParams)
