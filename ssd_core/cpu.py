@@ -33,7 +33,7 @@ def _counted(held, demand):
     until it is summed."""
     if not demand.summed:
         return {"held": held}
-    d_input = demand.summed * demand.hidden * 4 if demand.dtype.itemsize == 2 else 0
+    d_input = demand.summed * demand.hidden * 4 if demand.wide_input else 0
     return {"held": lambda rows, columns: held(rows, columns) + d_input + native.ranks_bytes(
         demand.tokens, rows, demand.vocab, demand.support + 1, demand.ranks)}
 
@@ -62,7 +62,8 @@ def linear_cross_entropy_bytes(demand):
             rows, columns, demand.vocab, demand.hidden, demand.support, demand.dtype, demand.softcap, demand.smoothing,
             demand.dense, demand.cast or demand.filtered)
         if demand.filtered:
-            found += native.grad_filter_bytes(demand.tokens, rows, demand.vocab, demand.hidden, demand.dtype)
+            found += native.grad_filter_bytes(
+                demand.tokens, rows, demand.vocab, demand.hidden, demand.dtype, demand.filtered, demand.wide_input)
         return found
 
     return _counted(held, demand)

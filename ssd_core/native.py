@@ -75,9 +75,12 @@ def linear_cross_entropy_bytes(
         rows, columns, vocab, hidden, support, dtype, softcap, smoothing, dense, cast)
 
 
-def grad_filter_bytes(tokens: int, rows: int, vocab: int, hidden: int, dtype: torch.dtype) -> int:
-    """The same of what the gradient filter holds on top."""
-    return _extension().grad_filter_bytes(tokens, rows, vocab, hidden, dtype)
+def grad_filter_bytes(
+    tokens: int, rows: int, vocab: int, hidden: int, dtype: torch.dtype, bounds: int, wide_input: bool
+) -> int:
+    """The same of what the gradient filter holds on top, with one bound or two; ``wide_input``: for an input of 16
+    bits."""
+    return _extension().grad_filter_bytes(tokens, rows, vocab, hidden, dtype, bounds, wide_input)
 
 
 def ranks_bytes(tokens: int, rows: int, vocab: int, support: int, ranks: int) -> int:

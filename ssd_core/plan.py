@@ -52,8 +52,8 @@ class Demand:
     buffers: int = 6            # float32 blocks that a row pass holds at once, measured
     wide_logits: bool = False   # logits are held in float32
     passes: int = 1             # looks at all logits before the gradient
-    wide_input: bool = False    # d_input is added up in float32
-    filtered: bool = False      # by the gradient filter, which needs all columns
+    wide_input: bool = False    # d_input, of 16 bits, is added up in float32
+    filtered: int = 0           # different bounds of the gradient filter, which needs all columns
     d_weight: bool = True       # a gradient of the weight is added up
     teacher_hidden: int = 0     # length of a teacher's hidden states
     softcap: bool = False
@@ -66,7 +66,7 @@ class Demand:
     def fixed(self) -> int:
         """Bytes that do not depend on the plan, but for the row pass's own buffers."""
         per_token = 5 * 8       # results, row scale, row index
-        if self.wide_input and self.dtype.itemsize == 2:
+        if self.wide_input:
             per_token += self.hidden * 4
         if self.filtered:
             per_token += self.vocab // TILE * 4

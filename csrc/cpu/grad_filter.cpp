@@ -13,16 +13,7 @@ namespace ssd_core::cpu {
 
 namespace {
 
-constexpr int64_t kBlock = 512;  // tokens of one product of d_weight
-
-// c (m, width) += a (m, k) b (k, width) in float32; strides of a in elements.
-void add_product(
-    const Words& words, const float* a, int64_t a_row, int64_t a_col, const float* b, float* c, int64_t width,
-    int64_t m, int64_t k) {
-  for (int64_t q = 0; q < width; q += words.floats->panel) {
-    words.floats->gemm(a, a_row * 4, a_col * 4, b + q, width * 4, c + q, width, m, k, true);
-  }
-}
+constexpr int64_t kBlock = 256;  // tokens of one product of d_weight
 
 // Row `place` of the summed dimension of words (places, width): with pairs, one half of each word.
 void put_row(const Words& words, int64_t place, const char* row, int64_t count, uint32_t* out, int64_t width) {
@@ -69,11 +60,15 @@ GradFilter::GradFilter(
   weight_ = delta_weight > 0 ? share(delta_weight) : -1;
 }
 
-void GradFilter::allocate(const HeadCall& call, const Grid& grid, const Words& words, const Weight& weight) {
+void GradFilter::allocate(
+    const HeadCall& call, const Grid& grid, const Words& words, const Weight& weight, const at::Tensor& d_input,
+    const at::Tensor& d_weight) {
   call_ = &call;
   grid_ = grid;
   words_ = words;
   head_weight_ = &weight;
+  d_input_ = d_input;
+  d_weight_ = d_weight;
   hidden_ = call.input.size(1);
   count_ = call.count();
   width_ = divide_up(hidden_, grid.panel) * grid.panel;
@@ -89,11 +84,16 @@ void GradFilter::allocate(const HeadCall& call, const Grid& grid, const Words& w
     }
   }
   if (wants_input_) {
-    d_tokens_ = at::zeros({count_, width_}, floats);
+    d_input_sum_ = d_input.scalar_type() == at::kFloat ? d_input : at::zeros({count_, hidden_}, floats);
   }
   if (wants_weight_) {
     directions_ = at::zeros({grid.tiles, width_}, floats);
   }
+  int64_t most = 0;
+  for (const Share& share : shares_) {
+    most += holds(share) ? count_ * grid.tiles * held_row() * 4 : 0;
+  }
+  waiting_ = empty({std::min(held_limit_, most)}, at::TensorOptions(at::kByte));
 }
 
 // Per token, skip the lightest tiles while their summed mass stays within the bound; of equal ones the first.
@@ -166,7 +166,42 @@ void GradFilter::open(const Chunk& chunk, const at::Tensor& x) {
       "grad_filter: expected token weights and upstream gradients of one sign, got both signs");
   if (wants_weight_) {
     states_.push_back(x);
-    held_bytes_ += static_cast<int64_t>(x.nbytes());
+    state_bytes_ += bytes_of(x);
+  }
+}
+
+// Of hidden states that are not the caller's.
+int64_t GradFilter::bytes_of(const at::Tensor& x) const {
+  return x.is_alias_of(call_->input) ? 0 : static_cast<int64_t>(x.nbytes());
+}
+
+bool GradFilter::holds(const Share& share) const {
+  return (wants_input_ && &share == &shares_[input_]) || (wants_weight_ && &share == &shares_[weight_]);
+}
+
+int64_t GradFilter::room() const {
+  return std::max<int64_t>(1, held_limit_ - (wants_weight_ ? bytes_of(states_.back()) : 0));
+}
+
+void GradFilter::make_room(int64_t first_tile, int64_t last_tile) {
+  int64_t coming = 0;
+  for (const Share& share : shares_) {
+    if (holds(share)) {
+      coming += (share.active_first[last_tile] - share.active_first[first_tile]) * held_row() * 4;
+    }
+  }
+  if (waiting_bytes_ > 0 && state_bytes_ + waiting_bytes_ + coming > held_limit_) {
+    flush(false);
+  }
+  if (coming > static_cast<int64_t>(waiting_.nbytes())) {  // nothing waits
+    waiting_ = empty({coming}, waiting_.options());
+  }
+  for (Share& share : shares_) {
+    if (holds(share)) {
+      share.room = reinterpret_cast<uint32_t*>(waiting_.mutable_data_ptr<uint8_t>() + waiting_bytes_);
+      share.room_first = first_tile;
+      waiting_bytes_ += (share.active_first[last_tile] - share.active_first[first_tile]) * held_row() * 4;
+    }
   }
 }
 
@@ -174,8 +209,7 @@ void GradFilter::take(
     const Block& all, const char* kept, int64_t kept_stride, const char* by_row, int64_t row_bytes) {
   const int64_t panel = grid_.panel, t = all.tile, padded = chunk_.panels * panel, words = words_.words(kTile);
   std::vector<float> mask(padded), sums(padded);
-  for (size_t s = 0; s < shares_.size(); ++s) {
-    Share& share = shares_[s];
+  for (Share& share : shares_) {
     const uint8_t* skips = share.skips.data() + t * grid_.panels * panel;
     for (int64_t i = 0; i < padded; ++i) {
       mask[i] = i < chunk_.n && skips[i] ? 1.0f : 0.0f;
@@ -187,44 +221,31 @@ void GradFilter::take(
     for (int64_t i = 0; i < chunk_.n; ++i) {
       token_mass[i] = mask[i] != 0 ? sums[i] : 0.0f;
     }
-    const bool for_input = wants_input_ && static_cast<int>(s) == input_;
-    const bool for_weight = wants_weight_ && static_cast<int>(s) == weight_;
-    if (!for_input && !for_weight) {
+    if (!holds(share)) {
       continue;
     }
-    Held rows;
-    rows.chunk = static_cast<int64_t>(states_.size()) - 1;
-    rows.begin = chunk_.begin;
-    rows.tokens.assign(
-        share.active.begin() + share.active_first[t], share.active.begin() + share.active_first[t + 1]);
-    rows.words.assign(rows.tokens.size() * words, 0);
-    uint32_t* out = rows.words.data();
-    for (const int32_t i : rows.tokens) {
-      const char* column = kept + i / panel * kept_stride + i % panel * 4;
-      for (int64_t k = 0; k < words_.words(all.own); ++k) {
-        std::memcpy(out + k, column + k * words_.kept_row(), 4);
-      }
-      out += words;
+    const int64_t first = share.active_first[t], count = share.active_first[t + 1] - first;
+    if (count == 0) {
+      continue;
     }
-    share.held[t].push_back(std::move(rows));
+    uint32_t* tokens = share.room + (first - share.active_first[share.room_first]) * held_row();
+    std::copy_n(share.active.begin() + first, count, tokens);
+    uint32_t* out = tokens + count;
+    share.held[t].push_back({static_cast<int64_t>(states_.size()) - 1, chunk_.begin, count, tokens, out});
+    for (int64_t k = 0; k < count; ++k, out += words) {
+      const int64_t i = tokens[k];
+      const char* column = kept + i / panel * kept_stride + i % panel * 4;
+      for (int64_t j = 0; j < words_.words(all.own); ++j) {
+        std::memcpy(out + j, column + j * words_.kept_row(), 4);
+      }
+      std::fill(out + words_.words(all.own), out + words, 0);
+    }
   }
 }
 
-void GradFilter::end_chunk(const at::Tensor& d_weight) {
-  if (!wants_input_ && !wants_weight_) {
-    return;
-  }
+void GradFilter::end_chunk() {
   if (wants_weight_) {
     add_directions();
-  }
-  int64_t taken = 0;
-  for (const Share& share : shares_) {
-    taken += static_cast<int64_t>(share.active.size()) * (words_.words(kTile) + 1) * 4;
-  }
-  held_bytes_ += taken;
-  const bool more = chunk_.begin + chunk_.n < count_;
-  if (more && held_bytes_ + taken > held_limit_) {  // the next chunk's would be too much
-    flush(d_weight, false);
   }
 }
 
@@ -239,9 +260,11 @@ void GradFilter::add_directions() {
   }
   const float* mass = shares_[weight_].token_mass.data() + chunk_.begin;
   at::parallel_for(0, grid_.tiles, 6, [&](int64_t begin, int64_t end) {
-    add_product(
-        words_, mass + begin * count_, count_, 1, wide.data(), directions_.mutable_data_ptr<float>() + begin * width_,
-        width_, end - begin, n);
+    for (int64_t q = 0; q < width_; q += grid_.panel) {
+      words_.floats->gemm(
+          mass + begin * count_, count_ * 4, 4, wide.data() + q, width_ * 4,
+          directions_.mutable_data_ptr<float>() + begin * width_ + q, width_, end - begin, n, true);
+    }
   });
 }
 
@@ -261,9 +284,9 @@ void GradFilter::weight_products(int64_t tile, float* product) const {
   };
   for (const Held& rows : shares_[weight_].held[tile]) {
     const auto* x = static_cast<const char*>(states_[rows.chunk].const_data_ptr());
-    for (size_t k = 0; k < rows.tokens.size(); ++k) {
+    for (int64_t k = 0; k < rows.count; ++k) {
       const char* state = x + rows.tokens[k] * hidden_ * element;
-      put_row(words_, filled, reinterpret_cast<const char*>(rows.words.data() + k * words), kTile, a.data(), kTile);
+      put_row(words_, filled, reinterpret_cast<const char*>(rows.words + k * words), kTile, a.data(), kTile);
       put_row(words_, filled, state, hidden_, b.data(), width_);
       if (++filled == kBlock) {
         multiply();
@@ -276,9 +299,11 @@ void GradFilter::weight_products(int64_t tile, float* product) const {
 }
 
 // The products of all that waits, in steps of tiles: d_weight's by tile, d_input's by coordinate.
-void GradFilter::flush(const at::Tensor& d_weight, bool last) {
-  if (!last && wants_weight_ && d_weight.scalar_type() != at::kFloat && !d_weight_sum_.defined()) {
-    d_weight_sum_ = empty(d_weight.sizes(), at::TensorOptions(at::kFloat));
+void GradFilter::flush(bool last) {
+  if (!last && wants_weight_ && !d_weight_sum_.defined()) {
+    d_weight_sum_ = d_weight_.scalar_type() == at::kFloat
+        ? d_weight_
+        : empty(d_weight_.sizes(), at::TensorOptions(at::kFloat));
   }
   const int64_t tiles = divide_up(grid_.vocab, kTile), step = 2 * counted_threads();
   const int64_t slice = words_.words(kTile) * slice_stride(width_);
@@ -287,8 +312,12 @@ void GradFilter::flush(const at::Tensor& d_weight, bool last) {
   for (int64_t first = 0; first < tiles; first += step) {
     const int64_t stop = std::min(first + step, tiles);
     dynamic_for(first, stop, [&](int64_t t) {
-      float* mean = mean_rows.empty() ? nullptr : mean_rows.data() + t * width_;
-      flush_tile(t, d_weight, last, mean, slices.data() + (t - first) * slice);
+      if (wants_weight_ && (last || !flushed_ || !shares_[weight_].held[t].empty())) {
+        flush_weight(t, last);
+      }
+      if (wants_input_ && (last || !shares_[input_].held[t].empty())) {
+        input_slice(t, last ? mean_rows.data() + t * width_ : nullptr, slices.data() + (t - first) * slice);
+      }
     });
     if (wants_input_) {
       input_products(first, stop, slices.data());
@@ -302,44 +331,54 @@ void GradFilter::flush(const at::Tensor& d_weight, bool last) {
       rows.clear();
     }
   }
-  states_.clear();
-  held_bytes_ = 0;
+  waiting_bytes_ = 0;
+  if (wants_weight_) {  // tiles of this chunk may follow
+    states_.erase(states_.begin(), states_.end() - 1);
+    state_bytes_ = bytes_of(states_.back());
+  }
   flushed_ = true;
 }
 
-// A tile's d_weight; and for d_input its words below each other and, at the end, its mean row sum_j c_j W_j.
-void GradFilter::flush_tile(int64_t tile, const at::Tensor& d_weight, bool last, float* mean_row, uint32_t* slice) {
-  const int64_t rows = grid_.rows(tile);
-  if (wants_weight_) {
-    std::vector<float> product(kTile * width_, 0.0f);
-    weight_products(tile, product.data());
-    if (last) {
-      match_weight(tile, product.data());
-    }
-    const bool direct = d_weight.scalar_type() == at::kFloat;
-    const at::Tensor& sum = direct ? d_weight : d_weight_sum_;
-    for (int64_t j = 0; j < rows; ++j) {
-      const int64_t at = call_->id(tile * kTile + j) * hidden_;
-      float* row = product.data() + j * width_;
-      if (flushed_) {
-        const float* before = sum.const_data_ptr<float>() + at;
-        for (int64_t d = 0; d < hidden_; ++d) {
-          row[d] += before[d];
-        }
+void GradFilter::flush_weight(int64_t tile, bool last) {
+  std::vector<float> product(kTile * width_, 0.0f);
+  weight_products(tile, product.data());
+  if (last) {
+    match_weight(tile, product.data());
+  }
+  for (int64_t j = 0; j < grid_.rows(tile); ++j) {
+    const int64_t at = call_->id(tile * kTile + j) * hidden_;
+    float* row = product.data() + j * width_;
+    if (flushed_) {
+      const float* before = d_weight_sum_.const_data_ptr<float>() + at;
+      for (int64_t d = 0; d < hidden_; ++d) {
+        row[d] += before[d];
       }
-      store_floats(last ? d_weight : sum, at, row, hidden_, false);
+    }
+    store_floats(last ? d_weight_ : d_weight_sum_, at, row, hidden_, false);
+  }
+}
+
+// A tile's words below each other, and its mean row sum_j c_j W_j if that is asked for.
+void GradFilter::input_slice(int64_t tile, float* mean_row, uint32_t* slice) const {
+  const int64_t rows = grid_.rows(tile);
+  const std::unique_ptr<char[]> scratch(new char[head_weight_->scratch() + 64]);
+  const Weight::Rows w = head_weight_->tile(tile * kTile, rows, scratch.get());
+  words_.kernels->transposed_words(w.data, w.row, rows, hidden_, slice, slice_stride(width_));
+  if (mean_row) {
+    const std::vector<float> shape = shape_of(shares_[input_], tile);
+    for (int64_t j = 0; j < rows; ++j) {
+      add_row(words_, w.data + j * w.row, shape[j], hidden_, mean_row);
     }
   }
-  if (wants_input_) {
-    const std::unique_ptr<char[]> scratch(new char[head_weight_->scratch() + 64]);
-    const Weight::Rows w = head_weight_->tile(tile * kTile, rows, scratch.get());
-    words_.kernels->transposed_words(w.data, w.row, rows, hidden_, slice, slice_stride(width_));
-    if (mean_row) {
-      const std::vector<float> shape = shape_of(shares_[input_], tile);
-      for (int64_t j = 0; j < rows; ++j) {
-        add_row(words_, w.data + j * w.row, shape[j], hidden_, mean_row);
-      }
-    }
+}
+
+void GradFilter::add_to_input(int64_t i, int64_t q, const float* from) {
+  const bool spread = call_->index.defined() && d_input_sum_.is_same(d_input_);
+  const int64_t row = spread ? call_->index.const_data_ptr<int64_t>()[i] : i;
+  float* out = d_input_sum_.mutable_data_ptr<float>() + row * hidden_ + q * grid_.panel;
+  const int64_t width = std::min(grid_.panel, hidden_ - q * grid_.panel);
+  for (int64_t lane = 0; lane < width; ++lane) {
+    out[lane] += from[lane];
   }
 }
 
@@ -351,18 +390,13 @@ void GradFilter::input_products(int64_t first_tile, int64_t last_tile, const uin
     for (int64_t t = first_tile; t < last_tile; ++t) {
       const uint32_t* slice = slices + (t - first_tile) * words * stride;
       for (const Held& rows : shares_[input_].held[t]) {
-        const auto count = static_cast<int64_t>(rows.tokens.size());
-        product.resize(count * panel);
-        for (int64_t q = begin; q < end && count > 0; ++q) {
+        product.resize(rows.count * panel);
+        for (int64_t q = begin; q < end; ++q) {
           words_.kernels->gemm(
-              rows.words.data(), words * 4, 4, slice + q * panel, stride * 4, product.data(), panel, count,
+              rows.words, words * 4, 4, slice + q * panel, stride * 4, product.data(), panel, rows.count,
               words_.words(grid_.rows(t)), false);
-          for (int64_t k = 0; k < count; ++k) {
-            float* out = d_tokens_.mutable_data_ptr<float>() + (rows.begin + rows.tokens[k]) * width_ + q * panel;
-            const float* from = product.data() + k * panel;
-            for (int64_t lane = 0; lane < panel; ++lane) {
-              out[lane] += from[lane];
-            }
+          for (int64_t k = 0; k < rows.count; ++k) {
+            add_to_input(rows.begin + rows.tokens[k], q, product.data() + k * panel);
           }
         }
       }
@@ -392,23 +426,34 @@ void GradFilter::match_weight(int64_t tile, float* product) const {
 
 // M times the tiles' mean rows.
 void GradFilter::match_input(const float* mean_rows) {
-  at::parallel_for(0, count_, 6, [&](int64_t begin, int64_t end) {
-    add_product(
-        words_, shares_[input_].token_mass.data() + begin, 1, count_, mean_rows,
-        d_tokens_.mutable_data_ptr<float>() + begin * width_, width_, end - begin, divide_up(grid_.vocab, kTile));
+  constexpr int64_t kTokens = 48;
+  const int64_t panel = grid_.panel;
+  at::parallel_for(0, divide_up(count_, kTokens), 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> product(kTokens * panel);
+    for (int64_t first = begin * kTokens; first < std::min(end * kTokens, count_); first += kTokens) {
+      const int64_t n = std::min(kTokens, count_ - first);
+      for (int64_t q = 0; q < width_ / panel; ++q) {
+        words_.floats->gemm(
+            shares_[input_].token_mass.data() + first, 4, count_ * 4, mean_rows + q * panel, width_ * 4, product.data(),
+            panel, n, divide_up(grid_.vocab, kTile), false);
+        for (int64_t i = 0; i < n; ++i) {
+          add_to_input(first + i, q, product.data() + i * panel);
+        }
+      }
+    }
   });
 }
 
-void GradFilter::close(const at::Tensor& d_input, const at::Tensor& d_weight) {
+void GradFilter::close() {
   if (count_ > 0 && (wants_input_ || wants_weight_)) {
-    flush(d_weight, true);
+    flush(true);
   }
-  if (wants_input_) {
-    const at::Tensor found = d_tokens_.slice(1, 0, hidden_).to(d_input.scalar_type());
+  if (wants_input_ && !d_input_sum_.is_same(d_input_)) {
+    const at::Tensor found = d_input_sum_.to(d_input_.scalar_type());
     if (call_->index.defined()) {
-      d_input.index_copy_(0, call_->index, found);
+      d_input_.index_copy_(0, call_->index, found);
     } else {
-      d_input.copy_(found);
+      d_input_.copy_(found);
     }
   }
 }
@@ -427,12 +472,13 @@ at::Tensor GradFilter::certificate() const {
   return found;
 }
 
-int64_t grad_filter_bytes(int64_t tokens, int64_t rows, int64_t vocab, int64_t hidden, at::ScalarType dtype) {
+int64_t grad_filter_bytes(
+    int64_t tokens, int64_t rows, int64_t vocab, int64_t hidden, at::ScalarType dtype, int64_t bounds, bool wide_input) {
   const Words words = words_of(dtype, false);
   const int64_t panel = words.kernels->panel, threads = counted_threads(), tiles = divide_up(vocab, kTile);
   const int64_t width = divide_up(hidden, panel) * panel;
-  const int64_t shares = 2 * (rows * tiles * 6 + tokens * tiles * 4 + vocab * 4);
-  const int64_t matched = (tokens + 2 * tiles + rows) * width * 4;
+  const int64_t shares = bounds * (rows * tiles * 6 + tokens * tiles * 4 + vocab * 4);
+  const int64_t matched = (2 * tiles + rows) * width * 4 + (wide_input ? tokens * hidden * 4 : 0);
   const int64_t order = vocab * 24;
   const int64_t step = 2 * threads * words.words(kTile) * slice_stride(width) * 4;
   const int64_t thread =

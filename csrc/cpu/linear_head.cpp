@@ -45,7 +45,7 @@ class Head {
       run_chunk(begin, std::min(step_, count_ - begin));
     }
     if (filter_ && call_.scaled) {
-      filter_->close(d_input_, d_weight_);
+      filter_->close();
     }
     if (d_weight_.defined() && !call_.keep_float32 && d_weight_.scalar_type() != call_.weight.scalar_type()) {
       d_weight_ = empty(call_.weight.sizes(), call_.weight.options()).copy_(d_weight_);
@@ -76,7 +76,7 @@ class Head {
     const bool filtered_input = filter_ && filter_->filters_input();
     const bool filtered_weight = filter_ && filter_->filters_weight();
     if (needs_[0]) {
-      d_input_ = call_.shared ? at::zeros(call_.input.sizes(), floats) : at::zeros_like(call_.input);
+      d_input_ = at::zeros(call_.input.sizes(), call_.shared ? floats : call_.input.options());
       if (!filtered_input) {
         d_tokens_ = empty({grid_.panels, hidden_, panel_}, floats);
       }
@@ -93,7 +93,7 @@ class Head {
       d_bias_ = at::zeros({grid_.vocab}, floats);
     }
     if (filter_) {
-      filter_->allocate(call_, grid_, words_, weight_);
+      filter_->allocate(call_, grid_, words_, weight_, d_input_, d_weight_);
     }
   }
 
@@ -134,10 +134,14 @@ class Head {
         look(first, last, true, true);
       }
       // in steps whose gradient is still in cache when d_input's product reads it, and that threads share evenly
-      const int64_t steps = divide_up((last - first) * kTile * chunk_.n * words_.element(), kStepBytes);
+      const int64_t most = filter_ ? std::min(kStepBytes, filter_->room()) : kStepBytes;
+      const int64_t steps = divide_up((last - first) * kTile * chunk_.n * words_.element(), most);
       const int64_t threads = at::get_num_threads();
       const int64_t step = divide_up(divide_up(last - first, steps), threads) * threads;
       for (int64_t tile = first; tile < last; tile += step) {
+        if (filter_) {
+          filter_->make_room(tile, std::min(tile + step, last));
+        }
         gradients(tile, std::min(tile + step, last), first);
         if (d_tokens_.defined()) {
           input_products(tile, std::min(tile + step, last), first);
@@ -148,7 +152,7 @@ class Head {
       store_input();
     }
     if (filter_) {
-      filter_->end_chunk(d_weight_);
+      filter_->end_chunk();
     }
   }
 

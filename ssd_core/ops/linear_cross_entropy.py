@@ -76,7 +76,7 @@ def _linear_cross_entropy(
         gathered=rows is not None, cast=tokens.packed(linear_weight, dtype), d_weight=needs[1],
         ranks=groups.size(group), summed=len(input) if process_group else 0,
         softcap=numbers.softcap > 0, smoothing=numbers.label_smoothing > 0, dense=dense is not None,
-        wide_input=bool(process_group or any(filters)), filtered=any(filters),
+        wide_input=input.dtype.itemsize == 2 and bool(process_group or any(filters)), filtered=len({*filters} - {0}),
         buffers=6 + (bucket or dense is not None) + (numbers.temperature != 1))
     demand = serving.counted(demand)
     with tokens.without_autocast(input.device):
