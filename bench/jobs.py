@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from ssd_core.bench import cases, measure, ops, peers
+from ssd_core.bench.verdict import thread_count
 
 OUTSIDE = 0.005     # of a sampler's draws that may be outside the float64 support: rounding at the edge of top-p
 
@@ -71,7 +72,7 @@ def _with_threads(variant, number: int):
         finally:
             torch.set_num_threads(before)
 
-    return dataclasses.replace(variant, name=f"{variant.name}, {number} thread{'s' * (number > 1)}",
+    return dataclasses.replace(variant, name=f"{variant.name}, {thread_count(number)}",
                                function=variant.function and call)
 
 

@@ -20,6 +20,7 @@ class Target:
     frozen: bool = False
     workspace: int | None = None        # MiB at most
     seconds: bool = False
+    threads: int | None = None          # of a variant that was run with so many (`--threads`)
 
     def __str__(self) -> str:
         what = "ms" if self.seconds else "x floor"
@@ -27,6 +28,8 @@ class Target:
                  *["head frozen"] * self.frozen]
         if self.workspace:
             kinds.append(f"at most {self.workspace} MiB")
+        if self.threads:
+            kinds.append(thread_count(self.threads))
         return f"{', '.join(kinds)}: <= {1e3 * self.limit if self.seconds else self.limit:g} {what}"
 
 
@@ -42,7 +45,7 @@ TARGETS = (
       (("float32", 0.88), ("bfloat16", 0.92))),
     *(Target("cpu", "linear_distill_hidden", "smollm2", dtype, 1.05) for dtype in ("float32", "bfloat16")),
     *(Target("cpu", op, "smollm2", "float32", 1.15) for op in ("softmax", "distill")),
-    Target("cpu", "sample", "qwen3-0.6b", "float32", 2.5e-3, seconds=True),
+    Target("cpu", "sample", "qwen3-0.6b", "float32", 2.5e-3, seconds=True, threads=1),
     *(Target("cuda", LCE, case, "bfloat16", 1.08, workspace=1024) for case in ("llama-3-8b", "qwen2.5-7b")),
     Target("cuda", LCE, "gemma-2-2b", "bfloat16", 1.15, workspace=2048),
     Target("cuda", LCE, "gemma-3-1b", "bfloat16", 1.25, workspace=2048),
@@ -82,11 +85,17 @@ def _target(result: dict, target: Target) -> list[str]:
     lines = []
     for one in found:
         values = [row["time"]["median"] if target.seconds else row["over_floor"]
-                  for row in _ours(one, target.filtered, target.workspace)]
+                  for row in _ours(one, target.filtered, target.workspace)
+                  if target.threads is None or row["variant"].endswith(f", {thread_count(target.threads)}")]
         if values:
             shown = f"{1e3 * min(values):.3g} ms" if target.seconds else f"{min(values):.2f}"
             lines.append(f"{_met(min(values) <= target.limit)}: {target} at N = {one['tokens']}: {shown}")
     return lines or [f"not measured: {target}"]
+
+
+def thread_count(number: int) -> str:
+    """In the names of variants."""
+    return f"{number} thread{'s' * (number > 1)}"
 
 
 def _met(holds: bool) -> str:
@@ -128,8 +137,9 @@ def _scaling(one: dict) -> list[str]:
     times = {row["variant"]: row["time"]["median"] for row in one["rows"] if row["ours"] and row["status"] == "timed"}
     for name, seconds in times.items():
         variant, _, number = name.rpartition(", ")
-        if number == "2 threads" and f"{variant}, 1 thread" in times:
-            ratio = times[f"{variant}, 1 thread"] / seconds
+        alone = f"{variant}, {thread_count(1)}"
+        if number == thread_count(2) and alone in times:
+            ratio = times[alone] / seconds
             lines.append(f"{_met(ratio >= SCALING)}: {one['op']}, {one['case']}, {one['dtype']}: {variant} on two "
                          f"threads: {ratio:.2f} x as fast as on one, >= {SCALING}")
     return lines

@@ -31,9 +31,14 @@ def test_a_larger_workspace_does_not_count():
     assert lines(results(row("cpu, 256 MiB", 1, 0.8, workspace=256)), "<= 0.88")[0].startswith("not measured")
 
 
-def test_seconds_of_a_sampler():
-    given = results(row("cpu", 0.002, 1, workspace=None), op="sample", case="qwen3-0.6b", tokens=32)
-    assert lines(given, "sample") == ["met: sample, qwen3-0.6b, float32, cpu: <= 2.5 ms at N = 32: 2 ms"]
+def test_seconds_of_a_sampler_on_one_core():
+    def sampler(*rows):
+        return lines(results(*rows, op="sample", case="qwen3-0.6b", tokens=32), "sample")
+
+    alone = row("cpu, 1 thread", 0.002, 1, workspace=None)
+    two = row("cpu, 2 threads", 0.001, 1, workspace=None)
+    assert "met: sample, qwen3-0.6b, float32, cpu, 1 thread: <= 2.5 ms at N = 32: 2 ms" in sampler(alone, two)
+    assert sampler(row("cpu", 0.001, 1, workspace=None))[0].startswith("not measured")
 
 
 def test_peers_are_beaten_with_no_more_memory_only():
