@@ -19,10 +19,28 @@ class Rows:
     warps: int
 
 
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """Of a product with what the gradient filter left of a tile: rows, columns and coordinates of a block, warps."""
+
+    rows: int
+    columns: int
+    hidden: int
+    warps: int
+
+    def hidden_block(self, hidden: int) -> int:
+        return min(self.hidden, max(16, triton.next_power_of_2(hidden)))
+
+
 # Blocks are as large as leaves two programs a multiprocessor, 128 registers a thread: see bench/resources.py.
 ROWS = {
     "cross_entropy": Rows(4096, 8), "class_probabilities": Rows(2048, 8), "logprob": Rows(2048, 8),
     "distill": Rows(2048, 8), "distill_dense": Rows(4096, 8), "softmax": Rows(4096, 8), "sample": Rows(2048, 8)}
+TILE_ROWS, TILE_WARPS = 32, 8       # of a program that looks at the gradient of a tile
+PRODUCTS = {    # by the bytes of a number
+    ("input", 2): Product(32, 256, 128, 8), ("weight", 2): Product(32, 128, 128, 8),
+    ("input", 4): Product(32, 256, 64, 8), ("weight", 4): Product(32, 64, 64, 8)}
+PROGRAMS = 256          # that fill a device, if each has a part of d_input's sum
 # the interpreter: small blocks, so that small vocabularies cross their edges; large ones where time counts
 SMALL, LARGE = Rows(256, 1), Rows(16384, 1)
 

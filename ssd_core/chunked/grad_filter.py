@@ -64,8 +64,6 @@ class GradFilter:
         everything = slice(0, len(self.order))
         if self.for_input is None:
             gradients.add_input(grad, everything)
-        elif gradients.input is not None:
-            gradients.rows = x.new_zeros(x.shape, dtype=gradients.wide)
         if self.for_weight is None:
             gradients.add_weight(x, grad, everything)
         gradients.add_bias(grad, everything)
@@ -81,6 +79,8 @@ class GradFilter:
 
     def products(self, gradients, x, grad) -> None:
         """The products of what stayed, where a bound filters them, and the moments of what is skipped."""
+        if self.for_input is not None and gradients.input is not None:
+            gradients.rows = x.new_zeros(x.shape, dtype=gradients.wide)
         for t, columns in enumerate(self.tiles):
             part = grad.index_select(1, columns)
             for share in self.shares:
