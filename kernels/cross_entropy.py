@@ -11,8 +11,8 @@ A bucket adds p_tail = 1 - S on all other ids together: p_tail (lse - lse_off) t
 the support. Class probabilities d take the place of w: c_j ((1 - eps) d_j + eps / V), not c_y w_j and eps / V c_j.
 
 One program has one row, in blocks of columns: it looks at all of them, and once more for the gradient, and for the
-softmax mass of each tile if the gradient is filtered. If the columns come in tiles, or from several ranks, what was seen
-so far waits in ``state``.
+softmax mass of each tile if that is filtered. If the columns come in tiles, or from several ranks, what was seen so far
+waits in ``state``.
 """
 
 from __future__ import annotations
@@ -292,7 +292,8 @@ class CrossEntropyRows:
             HAS_CLASS_WEIGHT=self.class_weight is not None, HAS_LABEL_WEIGHT=self.label_weight is not None,
             DENSE=self.dense is not None, HARD=self.weights is None and self.dense is None,
             SMOOTH=self.options["label_smoothing"] > 0 or self.dense is not None, K=k,
-            BLOCK_K=triton.next_power_of_2(k), NARROWED=grad is not None and grad.dtype.itemsize < x.dtype.itemsize, TILE=width)
+            BLOCK_K=triton.next_power_of_2(k), NARROWED=grad is not None and grad.dtype.itemsize < x.dtype.itemsize,
+            TILE=width)
 
     def softmax_weight(self):
         """(R,) what the softmax enters the gradient with: on_q times row_scale."""

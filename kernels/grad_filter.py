@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import PRODUCTS, PROGRAMS, TILE_ROWS, TILE_WARPS
+from .launch import HIP, PROGRAMS, configured
 from .logits import TRUNCATES, rounded
 
 
@@ -164,8 +164,8 @@ def _weight_product(
 
 
 class FilteredRows:
-    """What one bound ``delta`` filters of the gradient of a chunk. ``masses`` (R, T) float32; ``ids`` (R, K) int64 of the
-    targets, of which the columns have ``first_id`` and so on; ``order`` (C,) int64; tiles of ``tile`` columns."""
+    """What one bound ``delta`` filters of the gradient of a chunk. ``masses`` (R, T) float32; ``ids`` (R, K) int64 of
+    the targets, of which the columns have ``first_id`` and so on; ``order`` (C,) int64; tiles of ``tile`` columns."""
 
     def __init__(self, masses, ids, first_id: int, order, tile: int, delta: float):
         rows, tiles = masses.shape
@@ -173,25 +173,24 @@ class FilteredRows:
         self.active = torch.empty(tiles, rows, dtype=torch.int8, device=masses.device)
         stats = torch.empty(2, rows, dtype=torch.float32, device=masses.device)
         self.skipped, self.stayed = stats       # (R,) softmax mass of what is skipped, tiles that are not
-        if rows:
-            _select[(rows,)](
-                masses, masses.stride(0), ids, self.active, self.active.stride(0), stats, stats.stride(0), len(order),
-                tiles, first_id, delta, K=ids.shape[1], TILE=tile, BLOCK_T=triton.next_power_of_2(tiles), num_warps=4)
+        _select[(rows,)](
+            masses, masses.stride(0), ids, self.active, self.active.stride(0), stats, stats.stride(0), len(order),
+            tiles, first_id, delta, K=ids.shape[1], TILE=tile, BLOCK_T=max(16, triton.next_power_of_2(tiles)),
+            num_warps=configured("select", HIP).warps)
 
     def moments(self, grad, row_mass, column_mass) -> None:
         """Writes M (R, T) and adds to ``column_mass`` (V,) of what is skipped of ``grad`` (R, C); lists what stayed."""
-        tiles, rows = self.active.shape
+        (tiles, rows), of = self.active.shape, configured("moments", HIP)
         self.rows = torch.empty(tiles, rows, dtype=torch.int32, device=grad.device)
         self.counts = torch.empty(tiles, dtype=torch.int32, device=grad.device)
         _moments[(tiles,)](
             grad, grad.stride(0), self.active, self.active.stride(0), self.order, self.rows, self.counts, row_mass,
-            row_mass.stride(0), column_mass, rows, len(self.order), TILE=self.tile, BLOCK_R=TILE_ROWS,
-            num_warps=TILE_WARPS)
+            row_mass.stride(0), column_mass, rows, len(self.order), TILE=self.tile, BLOCK_R=of.rows, num_warps=of.warps)
 
     def input_product(self, grad, weight):
         """(R, D) float32: what stayed of ``grad`` (R, C) times the rows of ``weight`` (V, D)."""
         tiles, rows = self.active.shape
-        hidden, of = weight.shape[1], PRODUCTS["input", grad.dtype.itemsize]
+        hidden, of = weight.shape[1], _product("input", grad.dtype)
         groups, block = groups_of(tiles, hidden, grad.dtype), of.hidden_block(hidden)
         out = torch.zeros(groups, rows, hidden, dtype=torch.float32, device=grad.device)
         _input_product[(groups, triton.cdiv(hidden, block))](
@@ -202,7 +201,7 @@ class FilteredRows:
 
     def add_weight_product(self, grad, x, out) -> None:
         """To the rows of ``out`` (V, D) float32: what stayed of ``grad`` (R, C), transposed, times ``x`` (R, D)."""
-        hidden, of = x.shape[1], PRODUCTS["weight", grad.dtype.itemsize]
+        hidden, of = x.shape[1], _product("weight", grad.dtype)
         block, columns = of.hidden_block(hidden), min(of.columns, self.tile)
         _weight_product[(len(self.active) * self.tile // columns, triton.cdiv(hidden, block))](
             grad, grad.stride(0), x, x.stride(0), self.order, self.rows, self.rows.stride(0), self.counts, out,
@@ -212,8 +211,12 @@ class FilteredRows:
 
 def groups_of(tiles: int, hidden: int, dtype: torch.dtype) -> int:
     """Of tiles, whose parts of d_input are added up apart: as many as give each of PROGRAMS programs one."""
-    of = PRODUCTS["input", dtype.itemsize]
-    return max(1, min(tiles, PROGRAMS // triton.cdiv(hidden, of.hidden_block(hidden))))
+    blocks = triton.cdiv(hidden, _product("input", dtype).hidden_block(hidden))
+    return max(1, min(tiles, PROGRAMS // blocks))
+
+
+def _product(of: str, dtype: torch.dtype):
+    return configured(f"{of}{8 * dtype.itemsize}", HIP)
 
 
 def _precision() -> str:

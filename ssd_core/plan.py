@@ -72,8 +72,8 @@ class Demand:
         if not self.filtered:
             return self.tokens * per_token
         tiles = self.vocab // TILE + 1
-        # the order both ways; of each bound its moments, and once what is made of them
-        matched = self.vocab * 2 * 8 + (1 + self.filtered) * (self.vocab + tiles * self.hidden) * 4
+        # the order both ways and a bias in it; of each bound its moments, and once what is made of them
+        matched = self.vocab * (2 * 8 + 4) + (1 + self.filtered) * (self.vocab + tiles * self.hidden) * 4
         return self.tokens * (per_token + self.filtered * tiles * 4) + matched
 
     def row(self, tile: int) -> int:

@@ -155,9 +155,8 @@ def linear_cross_entropy(
 ):
     head, filtered = _head(input, linear_weight, linear_bias, logit_scale, softcap, dtype, chunks), None
     if grad_filter or grad_filter_weight:
-        order = vocab_order
-        if order is None:
-            order = filters.default_order(head, rows, temperature, chunks)
+        order = filters.default_order(head, rows, temperature, chunks) if vocab_order is None else vocab_order
+        order = order.contiguous()
         count = len(input) if rows is None else len(rows)
         head = head.ordered(order)
         filtered = KernelFilter(head, order, grad_filter, grad_filter_weight, count, group, vocab_start, one_sign)

@@ -86,7 +86,8 @@ def _linear_cross_entropy(
             label_weight=label_weight, row_scale=tokens.of_rows(row_scale, rows),
             needs=needs, chunks=plan_chunks(demand, workspace_bytes), keep_float32=input.dtype == torch.float16,
             dtype=dtype, group=group, vocab=vocab, vocab_start=vocab_start, grad_filter=filters[0],
-            grad_filter_weight=filters[1], one_sign=one_sign, vocab_order=vocab_order, bucket=bucket, **numbers._asdict())
+            grad_filter_weight=filters[1], one_sign=one_sign, vocab_order=vocab_order, bucket=bucket,
+            **numbers._asdict())
     loss, nll, lse = (tokens.spread(values, rows, len(input)) for values in results)
     total = loss.new_zeros(()) if row_scale is None else (loss * row_scale).sum()
     if certificate is None:
