@@ -23,7 +23,8 @@ from ssd_core.checks import UsageError
 
 HEADING = """# What the compiler makes of the kernels
 
-Triton {triton}, without a GPU: registers of a thread / KiB of shared memory of a program. `python -P -m
+Triton {triton}, without a GPU: registers of a thread / KiB of shared memory of a program. A block has columns of a row,
+or rows, columns and coordinates of a product. `python -P -m
 ssd_core.bench.resources --out bench/RESOURCES.md` writes this table; tests/test_triton.py holds it to limits."""
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 COLUMNS = 131072
@@ -36,7 +37,7 @@ class Variant:
     name: str
     module: str
     function: str
-    launch: str                                 # of kernels.launch.ROWS
+    launch: str                                 # of kernels.launch.ROWS or FILTER
     types: tuple[tuple[str, str], ...] = ()
     flags: tuple[tuple[str, object], ...] = ()
 
@@ -50,11 +51,14 @@ WIDE = {"x_ptr": "*fp32", "grad_ptr": "*bf16"}
 CE = ("cross_entropy", "_rows", "cross_entropy")
 SPARSE, DENSE = ("distill", "_sparse_rows", "distill"), ("distill", "_dense_rows", "distill_dense")
 SAMPLE = ("sample", "_rows", "sample", {"keys_ptr": "*i64"})
+PRODUCT = {"out_ptr": "*fp32"}
+FLOATS = {**PRODUCT, "grad_ptr": "*fp32", "x_ptr": "*fp32", "weight_ptr": "*fp32"}
 VARIANTS = (
     _variant("cross-entropy, head", *CE, WIDE, HARD=True, NARROWED=True),
     _variant("cross-entropy, bfloat16 logits", *CE, HARD=True),
     _variant("cross-entropy, softcap and smoothing", *CE, WIDE, HARD=True, NARROWED=True, HAS_SOFTCAP=True,
              SMOOTH=True),
+    _variant("cross-entropy, masses of tiles", *CE, WIDE, HARD=True, NARROWED=True, LOOK=False, CARRY=True, TILE=256),
     _variant("cross-entropy, 20 ids", *CE, WIDE, K=20, BLOCK_K=32, NARROWED=True),
     _variant("cross-entropy, 64 ids and a bucket", *CE, WIDE, K=64, BLOCK_K=64, BUCKET=True, NARROWED=True),
     _variant("cross-entropy, class probabilities", *CE[:2], "class_probabilities", DENSE=True, SMOOTH=True),
@@ -68,6 +72,10 @@ VARIANTS = (
              NARROWED=True),
     *(_variant(f"{kind}, dense", *DENSE, {**WIDE, "t_ptr": "*fp32"}, KIND=number, NARROWED=True)
       for number, kind in enumerate(("forward KL", "reverse KL", "JSD"))),
+    _variant("filter, selection", "grad_filter", "_select", "select", TILE=256),
+    _variant("filter, moments", "grad_filter", "_moments", "moments", TILE=256),
+    *(_variant(f"filter, d_{operand}{name}", "grad_filter", f"_{operand}_product", f"{operand}{bits}", types, TILE=256)
+      for operand in ("input", "weight") for name, bits, types in (("", 16, PRODUCT), (", float32", 32, FLOATS))),
     _variant("sample, top-k and top-p", *SAMPLE, TOP_K=True, TOP_P=True, MAXIMA=True),
     _variant("sample, all tokens", *SAMPLE),
     _variant("sample, greedy", *SAMPLE, GREEDY=True),
@@ -77,11 +85,13 @@ VARIANTS = (
 TYPES = {
     "x_ptr": "*bf16", "grad_ptr": "*bf16", "out_ptr": "*bf16", "d_ptr": "*bf16", "t_ptr": "*bf16", "bias_ptr": "*bf16",
     "t_bias_ptr": "*bf16", "dense_ptr": "*bf16", "tokens_ptr": "*i64", "ids_ptr": "*i64",
-    "labels_ptr": "*i64", "seeds_ptr": "*i64", "positions_ptr": "*i64", "token_ptr": "*i64", "options_ptr": "*fp64"}
-INTEGERS = ("first_token", "columns", "t_columns", "first_id", "vocab", "groups", "top_k")
+    "labels_ptr": "*i64", "seeds_ptr": "*i64", "positions_ptr": "*i64", "token_ptr": "*i64", "options_ptr": "*fp64",
+    "weight_ptr": "*bf16", "order_ptr": "*i64", "active_ptr": "*i8", "list_ptr": "*i32", "count_ptr": "*i32"}
+INTEGERS = ("first_token", "columns", "t_columns", "first_id", "vocab", "groups", "top_k", "rows", "tiles", "hidden")
+ONE = ("weight_step",)
 FLAGS = {"LOOK": True, "FINISH": True, "GRADIENT": True, "TERMS": True, "KIND": 0, "TAIL": 0, "K": 1, "BLOCK_K": 1,
-         "LIMIT": 64, "CAPACITY": 256, "GROUPS": 256, "BLOCK_G": 1024}
-ALIGNED = re.compile(r".*_ptr|.*_stride|columns|t_columns|vocab")       # multiples of 16
+         "LIMIT": 64, "CAPACITY": 256, "GROUPS": 256, "BLOCK_G": 1024, "TILE": 0, "BLOCK_T": 1024, "PRECISION": "ieee"}
+ALIGNED = re.compile(r".*_ptr|.*_stride|columns|t_columns|vocab|tiles|hidden")      # multiples of 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,28 +100,31 @@ class Resources:
 
     variant: str
     target: str
-    block: int
+    block: str
     warps: int
     registers: int          # of a thread
     spills: int             # bytes
     shared: int             # bytes of a program
     load_bits: int          # the widest load of a thread
+    matrix: bool            # products are the matrix units'
 
 
 def compiled(variant: Variant, target: str) -> Resources:
     """Raises what the compiler raises."""
     import triton
-    from ssd_core.kernels.launch import configured
+    from ssd_core.kernels.launch import Rows, configured
     from triton.backends.compiler import GPUTarget
 
     kernel = getattr(importlib.import_module(f"ssd_core.kernels.{variant.module}"), variant.function)
-    rows = configured(variant.launch, target.startswith("gfx"))
-    types, flags = {**TYPES, **dict(variant.types)}, {**FLAGS, "BLOCK_V": rows.block, **dict(variant.flags)}
+    launch = configured(variant.launch, target.startswith("gfx"))
+    blocks = ({"BLOCK_V": launch.block} if isinstance(launch, Rows)
+              else {"BLOCK_R": launch.rows, "BLOCK_C": launch.columns, "BLOCK_D": launch.hidden})
+    types, flags = {**TYPES, **dict(variant.types)}, {**FLAGS, **blocks, **dict(variant.flags)}
     signature, constants, attributes = {}, {}, {}
     for place, parameter in enumerate(kernel.params):
         name = parameter.name
-        if parameter.is_constexpr:
-            signature[name], constants[(place,)] = "constexpr", flags.get(name, False)
+        if parameter.is_constexpr or name in ONE:
+            signature[name], constants[(place,)] = "constexpr", 1 if name in ONE else flags.get(name, False)
             continue
         number = "i32" if name in INTEGERS or name.endswith("_stride") else "fp32"
         signature[name] = types.get(name, "*fp32") if name.endswith("_ptr") else number
@@ -119,19 +132,24 @@ def compiled(variant: Variant, target: str) -> Resources:
             attributes[(place,)] = [["tt.divisibility", 16]]
     gpu = GPUTarget("cuda", int(target[3:]), 32) if target.startswith("sm_") else GPUTarget("hip", target, 64)
     source = triton.compiler.ASTSource(kernel, signature, constants, attributes)
-    built = triton.compile(source, target=gpu, options={"num_warps": rows.warps})
-    common = {"variant": variant.name, "target": target, "block": rows.block, "warps": rows.warps,
+    built = triton.compile(source, target=gpu, options={"num_warps": launch.warps})
+    block = " x ".join(str(size) for size in blocks.values() if size) or "a row"
+    common = {"variant": variant.name, "target": target, "block": block, "warps": launch.warps,
               "shared": built.metadata.shared}
     if target.startswith("sm_"):
         registers, spills = _cuda_usage(built.asm["cubin"])
-        loads = re.findall(r"ld\.global(?:\.\w+)*?(?:\.v(\d))?\.[bfsu](\d+)", built.asm["ptx"])
+        text = built.asm["ptx"]
+        loads = re.findall(r"ld\.global(?:\.\w+)*?(?:\.v(\d))?\.[bfsu](\d+)", text)
+        copies = re.findall(r"cp\.async\.c[ag]\.\S+ \[.*?\], \[.*?\], 0x([0-9a-f]+)", text)
+        loads += [(int(size, 16), 8) for size in copies]
     else:
         text = built.asm["amdgcn"]
         registers = int(re.search(r"\.vgpr_count:\s*(\d+)", text)[1])
         spills = 4 * int(re.search(r"\.vgpr_spill_count:\s*(\d+)", text)[1])
         loads = [(count, 32) for count in re.findall(r"(?:global|buffer)_load_dwordx(\d)", text)]
+    matrix = re.search(r"mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma", text) is not None
     widest = max((int(count or 1) * int(bits) for count, bits in loads), default=0)
-    return Resources(**common, registers=registers, spills=spills, load_bits=widest)
+    return Resources(**common, registers=registers, spills=spills, load_bits=widest, matrix=matrix)
 
 
 def _cuda_usage(cubin: bytes) -> tuple[int, int]:
@@ -162,7 +180,7 @@ def _of_pair(pair):
 def table(found: list[Resources]) -> str:
     """Markdown: a line for each variant, registers / shared KiB of each target."""
     targets = list(dict.fromkeys(one.target for one in found))
-    lines = [f"| kernel | columns of a block, warps | {' | '.join(targets)} |", "|---" * (2 + len(targets)) + "|"]
+    lines = [f"| kernel | block, warps | {' | '.join(targets)} |", "|---" * (2 + len(targets)) + "|"]
     by_variant = {}
     for one in found:
         by_variant.setdefault(one.variant, {})[one.target] = one

@@ -10,8 +10,9 @@ class weights c:
 A bucket adds p_tail = 1 - S on all other ids together: p_tail (lse - lse_off) to nll, -p_tail exp(z_j - lse_off) off
 the support. Class probabilities d take the place of w: c_j ((1 - eps) d_j + eps / V), not c_y w_j and eps / V c_j.
 
-One program has one row, in blocks of columns: it looks at all of them, and once more for the gradient. If the columns
-come in tiles, or from several ranks, what was seen so far waits in ``state``.
+One program has one row, in blocks of columns: it looks at all of them, and once more for the gradient, and for the
+softmax mass of each tile if that is filtered. If the columns come in tiles, or from several ranks, what was seen so far
+waits in ``state``.
 """
 
 from __future__ import annotations
@@ -53,6 +54,15 @@ def loss_of(
 
 
 @triton.jit
+def _store_masses(masses_ptr, start, columns, q, TILE: tl.constexpr, BLOCK_V: tl.constexpr):
+    """The sums of q (BLOCK_V,) over tiles; of a block that is smaller than a tile, there is one."""
+    WIDTH: tl.constexpr = min(TILE, BLOCK_V)
+    tile = start // TILE + tl.arange(0, BLOCK_V // WIDTH)
+    mass = tl.sum(tl.reshape(q, [BLOCK_V // WIDTH, WIDTH]), 1)
+    tl.store(masses_ptr + tile, mass, mask=tile * TILE < columns)
+
+
+@triton.jit
 def _rows(
     x_ptr, x_stride, grad_ptr, grad_stride,         # (N, C)
     tokens_ptr, first_token,                        # (R,) int64: places of the rows; without: one after the other
@@ -61,11 +71,13 @@ def _rows(
     ids_ptr, weights_ptr, label_weight_ptr, row_scale_ptr,      # (R, K), (R, K), (R,), (R,)
     state_ptr,                                      # (R, STATE + K)
     results_ptr, results_stride,                    # (3, R) loss, nll, lse
+    masses_ptr, masses_stride,                      # (R, tiles) sums of q over TILE columns; without: TILE is 0
     columns, first_id, vocab, scale, softcap, inverse_temperature, label_smoothing, z_loss, factor,
     LOOK: tl.constexpr, FINISH: tl.constexpr, GRADIENT: tl.constexpr, CARRY: tl.constexpr, BY_TOKEN: tl.constexpr,
     HAS_TOKENS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_CLASS_WEIGHT: tl.constexpr,
     HAS_LABEL_WEIGHT: tl.constexpr, DENSE: tl.constexpr, HARD: tl.constexpr, BUCKET: tl.constexpr,
     SMOOTH: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, NARROWED: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     token = tl.load(tokens_ptr + row) if HAS_TOKENS else row + first_token
@@ -191,10 +203,11 @@ def _rows(
         tl.store(results_ptr + results_stride + row, nll)
         tl.store(results_ptr + 2 * results_stride + row, lse)
 
-    if GRADIENT:
+    if GRADIENT or TILE > 0:
         _, shift = raised(top, tl.full([1], NEVER, tl.float32))
+        masses_ptr += row * masses_stride
         on_e = on_q / total
-        slope = tl.load(row_scale_ptr + row) * inverse_temperature
+        slope = (tl.load(row_scale_ptr + row) if GRADIENT else 0.0) * inverse_temperature
         off_slope = 0.0
         if BUCKET:
             _, off_shift = raised(off_top, tl.full([1], NEVER, tl.float32))
@@ -205,22 +218,27 @@ def _rows(
             mask = offsets < columns
             c = load_logits(x_ptr, bias_ptr, offsets, mask, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
             z = c * inverse_temperature
-            g = on_e * tl.exp(z - shift)
-            if DENSE:
-                g -= _target_weights(dense_ptr, class_weight_ptr, offsets, mask, sharp, each, HAS_CLASS_WEIGHT)
-            else:
-                if SMOOTH:
-                    g -= each * (tl.load(class_weight_ptr + offsets, mask=mask, other=0.0) if HAS_CLASS_WEIGHT else 1.0)
-                if HARD:
-                    g -= tl.where(first_id + offsets == next_id, sharp, 0.0)
+            e = tl.exp(z - shift)
+            if TILE > 0:
+                _store_masses(masses_ptr, start, columns, e / total, TILE, BLOCK_V)
+            if GRADIENT:
+                g = on_e * e
+                if DENSE:
+                    g -= _target_weights(dense_ptr, class_weight_ptr, offsets, mask, sharp, each, HAS_CLASS_WEIGHT)
                 else:
-                    on, next_k, next_id = support_until(
-                        ids_ptr, weights_ptr, next_k, next_id, first_id + start + BLOCK_V, first_id + offsets, K)
-                    g -= sharp * on
-                    if BUCKET:
-                        g -= tl.where(on > 0, 0.0, off_slope * tl.exp(z - off_shift))
-            g *= slope * scale
-            store_slope(grad_ptr, offsets, g, c, softcap, mask, HAS_SOFTCAP, NARROWED)
+                    if SMOOTH:
+                        g -= each * (
+                            tl.load(class_weight_ptr + offsets, mask=mask, other=0.0) if HAS_CLASS_WEIGHT else 1.0)
+                    if HARD:
+                        g -= tl.where(first_id + offsets == next_id, sharp, 0.0)
+                    else:
+                        on, next_k, next_id = support_until(
+                            ids_ptr, weights_ptr, next_k, next_id, first_id + start + BLOCK_V, first_id + offsets, K)
+                        g -= sharp * on
+                        if BUCKET:
+                            g -= tl.where(on > 0, 0.0, off_slope * tl.exp(z - off_shift))
+                g *= slope * scale
+                store_slope(grad_ptr, offsets, g, c, softcap, mask, HAS_SOFTCAP, NARROWED)
 
 
 class CrossEntropyRows:
@@ -245,7 +263,7 @@ class CrossEntropyRows:
 
     def run(
         self, x, grad, bias=None, column=0, first_id=0, *, scale=1.0, softcap=0.0, by_token=False, look=True,
-        finish=True, step=0,
+        finish=True, step=0, masses=None, width=0,
     ):
         """Look at raw outputs ``x`` (R, C), of this rank's columns ``column`` and so on, whose ids are ``first_id`` and
         so on; write results; write the gradient with respect to x into ``grad``, unless it is None: x itself, or what
@@ -267,10 +285,20 @@ class CrossEntropyRows:
             x if bias is None else bias, class_weight, dense, dense.stride(0),
             self.ids, x if self.weights is None else self.weights,
             x if self.label_weight is None else self.label_weight, x if self.row_scale is None else self.row_scale,
-            x if self.state is None else self.state, self.results, self.results.stride(0), x.shape[1], first_id,
+            x if self.state is None else self.state, self.results, self.results.stride(0),
+            x if masses is None else masses, 0 if masses is None else masses.stride(0), x.shape[1], first_id,
             scale=scale, softcap=softcap, **self.options, LOOK=look, FINISH=finish, GRADIENT=grad is not None,
             CARRY=carry, BY_TOKEN=by_token, HAS_TOKENS=has_tokens, HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap > 0,
             HAS_CLASS_WEIGHT=self.class_weight is not None, HAS_LABEL_WEIGHT=self.label_weight is not None,
             DENSE=self.dense is not None, HARD=self.weights is None and self.dense is None,
             SMOOTH=self.options["label_smoothing"] > 0 or self.dense is not None, K=k,
-            BLOCK_K=triton.next_power_of_2(k), NARROWED=grad is not None and grad.dtype.itemsize < x.dtype.itemsize)
+            BLOCK_K=triton.next_power_of_2(k), NARROWED=grad is not None and grad.dtype.itemsize < x.dtype.itemsize,
+            TILE=width)
+
+    def softmax_weight(self):
+        """(R,) what the softmax enters the gradient with: on_q times row_scale."""
+        of = self.options
+        on_q = of["factor"] * (1 if self.weights is None else self.weights.sum(-1))
+        if self.label_weight is not None:
+            on_q = on_q * self.label_weight
+        return (on_q + 2 * of["z_loss"] * self.results[2]) * self.row_scale

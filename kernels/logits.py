@@ -34,13 +34,19 @@ def load_logits(
 
 
 @triton.jit
-def store_rounded(ptr, offsets, x, mask):
-    """float32 x, rounded to the nearest of what ``ptr`` holds."""
-    if TRUNCATES and ptr.dtype.element_ty == tl.bfloat16:
+def rounded(x, dtype: tl.constexpr):
+    """float32 x, rounded to the nearest of another dtype."""
+    if TRUNCATES and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         x = tl.where(x == x, nearest.to(tl.uint32).to(tl.float32, bitcast=True), x)
-    tl.store(ptr + offsets, x.to(ptr.dtype.element_ty), mask=mask)
+    return x.to(dtype)
+
+
+@triton.jit
+def store_rounded(ptr, offsets, x, mask):
+    """float32 x, in what ``ptr`` holds."""
+    tl.store(ptr + offsets, rounded(x, ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

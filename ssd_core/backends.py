@@ -21,7 +21,6 @@ log = logging.getLogger("ssd_core")
 
 FLOATS = ("float64", "float32", "bfloat16", "float16")
 COMPILED = ("float32", "bfloat16", "float16")       # dtypes of the compiled backends
-FILTER = ("grad_filter", "grad_filter_weight")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,17 +85,17 @@ def _compiled(op: str) -> Backend:
                    needs="ssd_core.native:missing", counts=counts)
 
 
-def _triton(op: str, module: str = "ssd_core.triton", *, lacks: tuple[str, ...] = ()) -> Backend:
+def _triton(op: str, module: str = "ssd_core.triton") -> Backend:
     """The interpreter runs kernels on CPU tensors."""
     devices = ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
     counts = "ssd_core.triton:linear_bytes" if op.startswith("linear_") else ""
-    return Backend(op, "triton", f"{module}:{op}", devices=devices, dtypes=COMPILED, lacks=lacks,
+    return Backend(op, "triton", f"{module}:{op}", devices=devices, dtypes=COMPILED,
                    needs="ssd_core.triton:missing", counts=counts)
 
 
 BACKENDS = (
     _compiled("linear_cross_entropy"),
-    _triton("linear_cross_entropy", lacks=FILTER),
+    _triton("linear_cross_entropy"),
     *_portable("linear_cross_entropy", reference_lacks=("process_group",)),
     _compiled("linear_distill"),
     _triton("linear_distill"),

@@ -44,7 +44,7 @@ def _counted(held, demand):
 def linear_cross_entropy(
     input, linear_weight, linear_bias, ids, probs, dense, rows, *, class_weight, label_weight, row_scale, needs, chunks,
     keep_float32, dtype, logit_scale, softcap, temperature, label_smoothing, z_loss, bucket, vocab, vocab_start, group,
-    grad_filter, grad_filter_weight, vocab_order,
+    grad_filter, grad_filter_weight, one_sign, vocab_order,
 ):
     world = groups.size(group)
     *results, d_input, d_weight, d_bias = native.linear_cross_entropy(

@@ -54,6 +54,7 @@ class Demand:
     passes: int = 1             # looks at all logits before the gradient
     wide_input: bool = False    # d_input, of 16 bits, is added up in float32
     filtered: int = 0           # different bounds of the gradient filter, which needs all columns
+    partial: int = 0            # sums of d_input that it adds up apart
     d_weight: bool = True       # a gradient of the weight is added up
     teacher_hidden: int = 0     # length of a teacher's hidden states
     softcap: bool = False
@@ -68,17 +69,21 @@ class Demand:
         per_token = 5 * 8       # results, row scale, row index
         if self.wide_input:
             per_token += self.hidden * 4
-        if self.filtered:
-            per_token += self.vocab // TILE * 4
-        matched = self.vocab * (8 + 4) + 2 * (self.vocab // TILE + 1) * self.hidden * 4 if self.filtered else 0
-        return self.tokens * per_token + matched
+        if not self.filtered:
+            return self.tokens * per_token
+        tiles = self.vocab // TILE + 1
+        # the order both ways and a bias in it; of each bound its moments, and once what is made of them
+        matched = self.vocab * (2 * 8 + 4) + (1 + self.filtered) * (self.vocab + tiles * self.hidden) * 4
+        return self.tokens * (per_token + self.filtered * tiles * 4) + matched
 
     def row(self, tile: int) -> int:
         """Bytes of one row of a chunk."""
         itemsize = self.dtype.itemsize
         # gathered or cast hidden states, their gradient, and a partial product of it
         vectors = 1 + (1 if self.gathered or self.cast else 0) + (1 if itemsize > 2 else 2 if tile < self.vocab else 0)
-        filtered = self.vocab // TILE * 40 + 3 * TILE * itemsize + self.hidden * 4 if self.filtered else 0
+        filtered = 0
+        if self.filtered:
+            filtered = self.vocab // TILE * 40 + 3 * TILE * itemsize + (1 + self.partial) * self.hidden * 4
         return tile * self.logit_bytes() + self.support * 20 + vectors * self.hidden * itemsize + filtered
 
     def logit_bytes(self) -> int:

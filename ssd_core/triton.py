@@ -8,6 +8,7 @@ import os
 import torch
 
 from ssd_core import groups
+from ssd_core.chunked import grad_filter as filters
 from ssd_core.chunked import head as heads
 
 
@@ -21,8 +22,14 @@ def missing() -> str | None:
 
 
 def linear_bytes(demand) -> dict:
-    """Rows are worked on in registers; outputs are in float32."""
-    return {"buffers": 0, "wide_logits": True}
+    """Rows are worked on in registers; outputs are in float32. For the gradient filter, the weight's rows are copied
+    together, blocks of them are worked on in float32, and d_input is added up in parts."""
+    if not demand.filtered:
+        return {"buffers": 0, "wide_logits": True}
+    from ssd_core.kernels.grad_filter import groups_of
+
+    partial = groups_of(-(-demand.vocab // filters.TILE), demand.hidden, demand.dtype)
+    return {"buffers": 3, "wide_logits": True, "cast": True, "partial": partial}
 
 
 class KernelPass:
@@ -56,7 +63,11 @@ class KernelPass:
         return {}
 
     def slope(self, head, u, tile, first, scaled=True, grad_filter=None):
-        return self._run(head, u, scaled, tile, first, look=False)
+        asked = {} if grad_filter is None else {"masses": grad_filter.mass, "width": filters.TILE}
+        return self._run(head, u, scaled, tile, first, look=False, **asked)
+
+    def softmax_weight(self):
+        return self.rows.softmax_weight()
 
     def _run(self, head, u, scaled, tile, first, **steps):
         late = head.bias is not None and not head.early_bias
@@ -139,16 +150,52 @@ def _cross_entropy_rows(ids, probs, dense, class_weight, label_weight, **options
 
 def linear_cross_entropy(
     input, linear_weight, linear_bias, ids, probs, dense, rows, *, class_weight, label_weight, row_scale, needs, chunks,
-    keep_float32, dtype, logit_scale, softcap, vocab, vocab_start, group, grad_filter, grad_filter_weight, vocab_order,
-    **options,
+    keep_float32, dtype, logit_scale, softcap, temperature, vocab, vocab_start, group, grad_filter, grad_filter_weight,
+    one_sign, vocab_order, **options,
 ):
-    make = _cross_entropy_rows(ids, probs, dense, class_weight, label_weight, vocab=vocab, **options)
+    head, filtered = _head(input, linear_weight, linear_bias, logit_scale, softcap, dtype, chunks), None
+    if grad_filter or grad_filter_weight:
+        order = filters.default_order(head, rows, temperature, chunks) if vocab_order is None else vocab_order
+        order = order.contiguous()
+        count = len(input) if rows is None else len(rows)
+        head = head.ordered(order)
+        filtered = KernelFilter(head, order, grad_filter, grad_filter_weight, count, group, vocab_start, one_sign)
+        ids = filtered.places(ids.long())
+    make = _cross_entropy_rows(
+        ids, probs, dense, class_weight, label_weight, temperature=temperature, vocab=vocab, **options)
     results, *grads = heads.run(
-        _head(input, linear_weight, linear_bias, logit_scale, softcap, dtype, chunks),
-        lambda index, part: KernelPass(make(index, _taken(row_scale, part)), _reduce_cross_entropy), rows,
+        head, lambda index, part: KernelPass(make(index, _taken(row_scale, part)), _reduce_cross_entropy), rows,
         scaled=row_scale is not None, needs=needs, chunks=chunks, keep_float32=keep_float32, group=group,
-        vocab_start=vocab_start)
-    return *results, None, *grads
+        vocab_start=vocab_start, grad_filter=filtered)
+    return *results, None if filtered is None else filtered.certificate(), *grads
+
+
+class KernelFilter(filters.GradFilter):
+    """The gradient filter of kernels, on outputs that come in the vocabulary's order."""
+
+    def places(self, ids):
+        """Where this rank's ids are in the order; those of others as they are."""
+        own = ids - self.vocab_start
+        mine = (own >= 0) & (own < len(self.order))
+        return torch.where(mine, self.place_of[own.where(mine, 0)] + self.vocab_start, ids)
+
+    def select(self) -> None:
+        from ssd_core.kernels.grad_filter import FilteredRows
+
+        self.filtered = [FilteredRows(self.mass, self.row_pass.rows.ids, self.vocab_start, self.order, filters.TILE,
+                                      share.delta) for share in self.shares]
+        for share, rows in zip(self.shares, self.filtered, strict=True):
+            share.skipped = torch.cat((share.skipped, rows.skipped))
+            share.count += rows.stayed.sum()
+
+    def products(self, gradients, x, grad) -> None:
+        x = x if x.stride(1) == 1 else x.contiguous()
+        for share, rows in zip(self.shares, self.filtered, strict=True):
+            rows.moments(grad, share.row_mass[self.part], share.column_mass)
+            if share is self.for_input and gradients.input is not None:
+                gradients.rows = rows.input_product(grad, self.head.weight)
+            if share is self.for_weight and gradients.weight is not None:
+                rows.add_weight_product(grad, x, gradients.weight)
 
 
 def cross_entropy(

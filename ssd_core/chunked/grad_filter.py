@@ -22,18 +22,22 @@ MATCH = True        # False drops what is skipped: for experiments only
 class GradFilter:
     """What is skipped for d_input and for d_weight, of all M tokens of a call. A bound of 0 filters nothing there."""
 
-    def __init__(self, head, order, delta_input: float, delta_weight: float, count: int, group, vocab_start: int):
+    def __init__(
+        self, head, order, delta_input: float, delta_weight: float, count: int, group, vocab_start: int,
+        one_sign: bool = False,
+    ):
         device, wide = head.input.device, wide_dtype(head.dtype)
         self.head, self.order, self.vocab_start, self.group = head, order, vocab_start, group
         self.tiles = order.split(TILE)
-        self.tile_of = torch.empty_like(order)
-        self.tile_of[order] = torch.arange(len(order), device=device) // TILE
+        self.place_of = torch.empty_like(order)
+        self.place_of[order] = torch.arange(len(order), device=device)
         world = groups.size(group)
         shares = {delta: _Skipped(delta / world, head, count, len(self.tiles), wide)
                   for delta in {delta_input, delta_weight} if delta > 0}
         self.for_input, self.for_weight = shares.get(delta_input), shares.get(delta_weight)
         self.shares = list(shares.values())
-        self.signs = [False, False]
+        # whether there are positive and negative weights; None where all are known to have one sign
+        self.signs = None if one_sign else torch.zeros(2, dtype=torch.bool, device=device)
 
     def open_chunk(self, part: slice, row_pass) -> None:
         """Begin with tokens ``part`` of the M."""
@@ -51,20 +55,32 @@ class GradFilter:
 
     def add(self, gradients, x, grad, scaled: bool) -> None:
         """The chunk's part of the gradients: ``grad`` (R, V) with respect to raw outputs, ``x`` (R, D)."""
-        protected = self._targets()
-        for share in self.shares:
-            share.select(self.mass, protected)
+        self.select()
         if not scaled:
             return
-        self._one_sign(self.row_pass.softmax_weight())
+        if self.signs is not None:
+            weight = self.row_pass.softmax_weight()
+            self.signs |= torch.stack(((weight > 0).any(), (weight < 0).any()))
         everything = slice(0, len(self.order))
         if self.for_input is None:
             gradients.add_input(grad, everything)
-        elif gradients.input is not None:
-            gradients.rows = x.new_zeros(x.shape, dtype=gradients.wide)
         if self.for_weight is None:
             gradients.add_weight(x, grad, everything)
         gradients.add_bias(grad, everything)
+        self.products(gradients, x, grad)
+        if self.for_weight is not None and gradients.weight is not None:
+            self.for_weight.add_directions(x, self.part)
+
+    def select(self) -> None:
+        """Of the chunk's tokens, what each bound skips."""
+        protected = self._targets()
+        for share in self.shares:
+            share.select(self.mass, protected)
+
+    def products(self, gradients, x, grad) -> None:
+        """The products of what stayed, where a bound filters them, and the moments of what is skipped."""
+        if self.for_input is not None and gradients.input is not None:
+            gradients.rows = x.new_zeros(x.shape, dtype=gradients.wide)
         for t, columns in enumerate(self.tiles):
             part = grad.index_select(1, columns)
             for share in self.shares:
@@ -79,19 +95,21 @@ class GradFilter:
                 if share is self.for_weight and gradients.weight is not None:
                     product = dense.t() @ x.index_select(0, active)
                     gradients.weight.index_add_(0, columns, product.to(gradients.weight.dtype))
-        if self.for_weight is not None and gradients.weight is not None:
-            self.for_weight.add_directions(x, self.part)
 
     def close(self, gradients, rows) -> None:
-        """Add the moment match of all that was skipped."""
+        """Add the moment match of all that was skipped, whose parts must have one sign. To see that they have takes the
+        only synchronisation with the host, and none where it is known."""
+        if self.signs is not None:
+            one_sign = not self.signs.all()
+            expect(one_sign, "grad_filter", "token weights and upstream gradients of one sign", "both signs")
         if not MATCH:
             return
         if self.for_input is not None and gradients.input is not None:
-            for part, rank_one in self.for_input.of_input(self.tiles):
+            for part, rank_one in self.for_input.of_input(self.order):
                 index = part if rows is None else rows[part]
                 gradients.input[index] += rank_one.to(gradients.input.dtype)
         if self.for_weight is not None and gradients.weight is not None:
-            for columns, rank_one in self.for_weight.of_weight(self.tiles):
+            for columns, rank_one in self.for_weight.of_weight(self.order):
                 gradients.weight.index_add_(0, columns, rank_one.to(gradients.weight.dtype))
 
     def certificate(self) -> torch.Tensor:
@@ -111,13 +129,8 @@ class GradFilter:
         """(R, T): which tiles hold one of a token's targets."""
         ids = self.row_pass.ids - self.vocab_start
         mine = self.row_pass.used & (ids >= 0) & (ids < len(self.order))
-        tiles = self.tile_of[ids.where(mine, 0)]
+        tiles = self.place_of[ids.where(mine, 0)] // TILE
         return torch.zeros_like(self.mass).scatter_add_(1, tiles, mine.to(self.mass.dtype)) > 0
-
-    def _one_sign(self, weight) -> None:
-        """The moment match needs skipped parts of one sign: all tokens' weights of one sign."""
-        self.signs = [self.signs[0] or bool((weight > 0).any()), self.signs[1] or bool((weight < 0).any())]
-        expect(not all(self.signs), "grad_filter", "token weights and upstream gradients of one sign", "both signs")
 
 
 class _Skipped:
@@ -150,22 +163,40 @@ class _Skipped:
     def add_directions(self, x, rows: slice) -> None:
         self.directions += self.row_mass[rows].t() @ x.to(self.directions.dtype)
 
-    def _shape(self, t: int, columns):
-        """c_j of the tile's columns."""
-        total = self.row_mass[:, t].sum()
-        return torch.where(total == 0, 0, self.column_mass[columns] / total)
-
-    def of_input(self, tiles):
+    def of_input(self, order):
         """Slices of the tokens and their M @ (sum_j c_j weight_j)."""
-        mean_rows = torch.stack([
-            self._shape(t, columns) @ self.head.weight[columns].to(self.row_mass.dtype)
-            for t, columns in enumerate(tiles)])
-        for part in blocks(len(self.row_mass), mean_rows.shape[1], mean_rows):
+        shape, hidden = self._shape(order), self.head.weight.shape[1]
+        mean_rows = torch.empty_like(self.directions)
+        for tiles in blocks(len(shape), TILE * hidden, self.directions):
+            weight = self.head.weight[order[_places(tiles)]].to(shape.dtype)
+            mean_rows[tiles] = (shape[tiles].unsqueeze(1) @ _by_tile(weight)).squeeze(1)
+        for part in blocks(len(self.row_mass), hidden, mean_rows):
             yield part, self.row_mass[part] @ mean_rows
 
-    def of_weight(self, tiles):
-        for t, columns in enumerate(tiles):
-            yield columns, torch.outer(self._shape(t, columns), self.directions[t])
+    def of_weight(self, order):
+        """Ids and their c_j (M^T x)_t."""
+        shape = self._shape(order)
+        for tiles in blocks(len(shape), TILE * self.directions.shape[1], self.directions):
+            columns = order[_places(tiles)]
+            rank_one = shape[tiles].unsqueeze(2) * self.directions[tiles].unsqueeze(1)
+            yield columns, rank_one.flatten(0, 1)[: len(columns)]
+
+    def _shape(self, order):
+        """(T, TILE) c_j, 0 behind the last id."""
+        total = self.row_mass.sum(0).unsqueeze(1)
+        return torch.where(total == 0, 0, _by_tile(self.column_mass[order]) / total)
+
+
+def _places(tiles: slice) -> slice:
+    """Of the ids of these tiles in the order."""
+    return slice(tiles.start * TILE, tiles.stop * TILE)
+
+
+def _by_tile(values):
+    """(n, ...) -> (tiles, TILE, ...), with zeros behind the last."""
+    short = -len(values) % TILE
+    return torch.cat((values, values.new_zeros(short, *values.shape[1:])) if short else (values,)).unflatten(
+        0, (-1, TILE))
 
 
 def default_order(head, rows, temperature: float, chunks) -> torch.Tensor:
@@ -176,7 +207,7 @@ def default_order(head, rows, temperature: float, chunks) -> torch.Tensor:
     for start in range(0, count, chunks.rows):
         part = slice(start, min(start + chunks.rows, count))
         x = head.input[part if rows is None else rows[part]].to(head.dtype)
-        u = head.outputs(x, everything, x.new_empty(len(x), len(head.weight)))
+        u = head.outputs(x, everything, x.new_empty(len(x), len(head.weight), dtype=head.output_dtype))
         for block in blocks(len(x), len(head.weight), x):
             total += (head.logits(u[block], everything) / temperature).softmax(-1).sum(0)
     return total.argsort(descending=True, stable=True)

@@ -38,6 +38,7 @@ class Head(NamedTuple):
     dtype: torch.dtype              # that products are taken in
     columns: int                    # of a weight of another dtype, as many are cast at a time
     wide: bool = False              # outputs are float32, whatever the dtype
+    order: torch.Tensor | None = None   # (V,): outputs are those of these ids, one after the other, as is the bias
 
     @property
     def output_dtype(self) -> torch.dtype:
@@ -49,17 +50,26 @@ class Head(NamedTuple):
         added to the logits."""
         return self.bias is not None and self.bias.dtype == self.dtype == self.output_dtype
 
+    def ordered(self, order) -> Head:
+        """The head whose outputs come in this order; rows of the weight are copied together ``columns`` at a time."""
+        return self._replace(order=order, bias=None if self.bias is None else self.bias[order])
+
+    def rows(self, columns: slice) -> torch.Tensor:
+        """The weight's, of these outputs, as products take them."""
+        return self.weight[columns if self.order is None else self.order[columns]].to(self.dtype)
+
     def in_place(self, u) -> torch.Tensor:
         """Where the gradient takes the place of outputs u (R, C): in ``dtype``, each row where its outputs begin."""
         return u if u.dtype == self.dtype else u.view(self.dtype)[:, : u.shape[1]]
 
     def outputs(self, x, tile: slice, out: torch.Tensor) -> torch.Tensor:
-        step = out.shape[1] if self.weight.dtype == self.dtype else self.columns
+        as_it_is = self.weight.dtype == self.dtype and self.order is None
+        step = out.shape[1] if as_it_is else self.columns
         for start in range(0, out.shape[1], step):
             some = out[:, start : start + step]
             first = tile.start + start
             columns = slice(first, first + some.shape[1])
-            weight = self.weight[columns].to(self.dtype).t()
+            weight = self.rows(columns).t()
             if self.output_dtype != self.dtype:
                 wide_product(x, weight, out=some)
             elif self.early_bias:
@@ -195,33 +205,44 @@ class Gradients:
         """
         if self.input is None:
             return
-        cast, columns = self.head.weight.dtype != self.head.dtype, grad.shape[1]
-        length = self.chunks.columns if cast else SUM_LENGTH if grad.dtype.itemsize > 2 else columns
-        if self.rows is None and grad.dtype != self.wide and length < len(self.head.weight):
-            self.rows = grad.new_zeros(len(grad), self.head.weight.shape[1], dtype=self.wide)
+        head, columns = self.head, grad.shape[1]
+        copied = head.weight.dtype != head.dtype or head.order is not None
+        length = self.chunks.columns if copied else SUM_LENGTH if grad.dtype.itemsize > 2 else columns
+        if self.rows is None and grad.dtype != self.wide and length < len(head.weight):
+            self.rows = grad.new_zeros(len(grad), head.weight.shape[1], dtype=self.wide)
         for start in range(0, columns, length):
             stop = min(start + length, columns)
-            weight = self.head.weight[tile.start + start : tile.start + stop].to(self.head.dtype)
-            product = grad[:, start:stop] @ weight
+            product = grad[:, start:stop] @ head.rows(slice(tile.start + start, tile.start + stop))
             self.rows = product if self.rows is None else self.rows.add_(product)
 
     def add_weight(self, x, grad, tile: slice) -> None:
         if self.weight is None:
             return
-        out = self.weight[tile]
-        if self.direct:
+        out, order = self.weight[tile], self.head.order
+        wide = self.head.wide and grad.dtype != out.dtype
+        if self.direct and order is None:
             torch.addmm(out, grad.t(), x, beta=0 if self.once else 1, out=out)
             return
-        if self.head.wide and grad.dtype != out.dtype:
+        if wide and order is None:
             wide_product(grad.t(), x, out=out, add=True)
             return
         for start in range(0, len(out), self.chunks.columns):
             columns = slice(start, min(start + self.chunks.columns, len(out)))
-            out[columns] += grad[:, columns].t() @ x
+            some = grad[:, columns].t()
+            if order is None:
+                out[columns] += some @ x
+                continue
+            product = out.new_empty(len(some), x.shape[1])
+            wide_product(some, x, out=product) if wide else torch.mm(some, x, out=product)
+            self.weight.index_add_(0, order[tile][columns], product)
 
     def add_bias(self, grad, tile: slice) -> None:
         if self.bias is not None:
-            self.bias[tile] += grad.sum(0, dtype=self.wide)
+            total = grad.sum(0, dtype=self.wide)
+            if self.head.order is None:
+                self.bias[tile] += total
+            else:
+                self.bias.index_add_(0, self.head.order[tile], total)
 
     def end_chunk(self, index) -> None:
         if self.rows is not None:

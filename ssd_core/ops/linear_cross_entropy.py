@@ -53,6 +53,7 @@ def _linear_cross_entropy(
     options: list[float],
     bucket: bool,
     filters: list[float],               # of d_input, of d_weight
+    one_sign: bool,                     # whether no token's weight can have another sign than another's
     workspace_bytes: int | None,
     process_group: str,
     vocab_start: int,
@@ -76,7 +77,7 @@ def _linear_cross_entropy(
         gathered=rows is not None, cast=tokens.packed(linear_weight, dtype), d_weight=needs[1],
         ranks=groups.size(group), summed=len(input) if process_group else 0,
         softcap=numbers.softcap > 0, smoothing=numbers.label_smoothing > 0, dense=dense is not None,
-        wide_input=input.dtype.itemsize == 2 and bool(process_group or any(filters)), filtered=len({*filters} - {0}),
+        wide_input=input.dtype.itemsize == 2 and bool(process_group or any(filters)), filtered=len(set(filters) - {0}),
         buffers=6 + (bucket or dense is not None) + (numbers.temperature != 1))
     demand = serving.counted(demand)
     with tokens.without_autocast(input.device):
@@ -85,7 +86,8 @@ def _linear_cross_entropy(
             label_weight=label_weight, row_scale=tokens.of_rows(row_scale, rows),
             needs=needs, chunks=plan_chunks(demand, workspace_bytes), keep_float32=input.dtype == torch.float16,
             dtype=dtype, group=group, vocab=vocab, vocab_start=vocab_start, grad_filter=filters[0],
-            grad_filter_weight=filters[1], vocab_order=vocab_order, bucket=bucket, **numbers._asdict())
+            grad_filter_weight=filters[1], one_sign=one_sign, vocab_order=vocab_order, bucket=bucket,
+            **numbers._asdict())
     loss, nll, lse = (tokens.spread(values, rows, len(input)) for values in results)
     total = loss.new_zeros(()) if row_scale is None else (loss * row_scale).sum()
     if certificate is None:
@@ -224,7 +226,8 @@ def linear_cross_entropy(
     head = (input.reshape(-1, input.shape[-1]), linear_weight, linear_bias)
     numbers = Options(
         float(logit_scale), float(softcap or 0), float(temperature), float(label_smoothing), float(z_loss))
-    constants = (tokens.needs(*head), dtype, list(numbers), tail == "bucket", filters, workspace_bytes,
+    one_sign = reduction != "none" and token_weight is None and weight is None and z_loss == 0
+    constants = (tokens.needs(*head), dtype, list(numbers), tail == "bucket", filters, one_sign, workspace_bytes,
                  tokens.group_name(process_group), vocab_start, backend)
     loss, nll, lse, certificate = autograd.reduced(
         _linear_cross_entropy, (*head, ids, probs, dense, valid, class_weight, label_weight, vocab_order), constants,

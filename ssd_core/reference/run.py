@@ -24,7 +24,7 @@ TILE = 256
 def linear_cross_entropy(
     input, linear_weight, linear_bias, ids, probs, dense, rows, *, class_weight, label_weight, row_scale, needs, chunks,
     keep_float32, dtype, logit_scale, softcap, temperature, vocab, vocab_start=0, group=None, grad_filter=0.0,
-    grad_filter_weight=0.0, vocab_order=None, **options,
+    grad_filter_weight=0.0, one_sign=False, vocab_order=None, **options,
 ):
     options |= {"class_weight": class_weight, "temperature": temperature, "logit_scale": logit_scale,
                 "softcap": softcap or None, "dense": _take(dense, rows)}

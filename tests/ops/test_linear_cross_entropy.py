@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from suite import OPS, TOKENS, flops, hard, planned, problem, soft, sparse
 from tolerances import error
 
-from ssd_core import LinearCrossEntropyLoss, SparseTarget, linear_cross_entropy, native
+from ssd_core import LinearCrossEntropyLoss, SparseTarget, backends, linear_cross_entropy, native
 from ssd_core.checks import UsageError
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -362,11 +362,11 @@ def test_a_named_backend_serves_or_raises():
     with pytest.raises(UsageError, match=r"'cpu' cannot serve this call: it serves .*float16, not float64"):
         linear_cross_entropy(x, w, y, linear_bias=b, backend="cpu")
     linear_cross_entropy(x, w, y, linear_bias=b)        # "auto" finds one that can
+    with pytest.raises(UsageError, match="'reference' cannot serve this call: process_group: not in this backend yet"):
+        backends.choose("linear_cross_entropy", x.device, x.dtype, "reference", ["process_group"])
 
 
 def test_auto_says_why_it_fell_back(monkeypatch, caplog):
-    from ssd_core import backends
-
     monkeypatch.setattr(native, "missing", lambda: "no compiler was there")
     monkeypatch.setattr(backends, "_logged", set())
     x, w, b, y = problem()
