@@ -19,6 +19,29 @@ class Rows:
     warps: int
 
 
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Of a kernel that computes tiles of logits: rows and columns of a tile, terms of a product at a time, how many of
+    those are on their way (``stages``), warps, tiles of rows that are worked on side by side (``group``), and into how
+    many work items a vocabulary is cut if there is enough of it."""
+
+    rows: int
+    columns: int
+    terms: int
+    stages: int
+    warps: int
+    group: int = 16
+    items: int = 1024
+
+
+# Of 16-bit operands, by chip family: the largest tile whose float32 sums, and what is made of them, fit the registers.
+TILES = {
+    "sm_80": Tiles(128, 128, 32, 4, 8), "sm_90": Tiles(128, 256, 64, 3, 8), "sm_100": Tiles(128, 256, 64, 3, 8),
+    "gfx942": Tiles(128, 128, 64, 2, 8)}
+WIDE_TILES = Tiles(64, 64, 32, 2, 8)        # of float32 operands
+SMALL_TILES, LARGE_TILES = Tiles(16, 64, 16, 1, 1, 2, 6), Tiles(16, 8192, 64, 1, 1, 2, 6)
+
+
 # Blocks are as large as leaves two programs a multiprocessor, 128 registers a thread: see bench/resources.py.
 ROWS = {
     "cross_entropy": Rows(4096, 8), "class_probabilities": Rows(2048, 8), "logprob": Rows(2048, 8),
@@ -38,6 +61,30 @@ def rows(op: str, columns: int) -> Rows:
         return SMALL if columns <= 4 * SMALL.block else LARGE
     found = configured(op, torch.version.hip is not None)
     return dataclasses.replace(found, block=min(found.block, max(128, triton.next_power_of_2(max(1, columns)))))
+
+
+def tiles_of(family: str, dtype: torch.dtype) -> Tiles:
+    return TILES[family] if dtype.itemsize == 2 else WIDE_TILES
+
+
+def tiles(columns: int, dtype: torch.dtype, device: torch.device) -> Tiles:
+    if INTERPRETED:
+        return SMALL_TILES if columns <= 4 * SMALL.block else LARGE_TILES
+    if torch.version.hip is not None:
+        return tiles_of("gfx942", dtype)
+    major, _ = torch.cuda.get_device_capability(device)
+    return tiles_of("sm_80" if major == 8 or major > 10 else f"sm_{major}0", dtype)
+
+
+def has_tensor_memory_accelerator(device: torch.device) -> bool:
+    if INTERPRETED:
+        return True
+    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def multiprocessors(device: torch.device) -> int:
+    """The interpreter has one program after another, and so few."""
+    return 3 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def row_launch(kernel, op: str, count: int, like: torch.Tensor, *arguments, **options) -> None:
