@@ -27,7 +27,7 @@ HEADING = """# What the compiler makes of the kernels
 Triton {triton}, without a GPU: registers of a thread / KiB of shared memory of a program. `python -P -m
 ssd_core.bench.resources --out bench/RESOURCES.md` writes this table; tests/test_triton.py holds it to limits."""
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
-PRODUCTS = {"sm_80": r"mma\.sync", "sm_90": r"wgmma\.mma_async|mma\.sync", "sm_100": r"tcgen05\.mma",
+PRODUCTS = {"sm_80": r"mma\.sync", "sm_90": r"wgmma\.mma_async", "sm_100": r"tcgen05\.mma",
             "gfx942": r"v_mfma"}
 
 

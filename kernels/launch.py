@@ -36,7 +36,7 @@ class Tiles:
 
 # Of 16-bit operands, by chip family: the largest tile whose float32 sums, and what is made of them, fit the registers.
 TILES = {
-    "sm_80": Tiles(128, 128, 32, 4, 8), "sm_90": Tiles(128, 256, 64, 3, 8), "sm_100": Tiles(128, 256, 64, 3, 8),
+    "sm_80": Tiles(128, 128, 32, 4, 8), "sm_90": Tiles(128, 128, 64, 4, 8), "sm_100": Tiles(128, 128, 64, 4, 8),
     "gfx942": Tiles(128, 128, 64, 2, 8)}
 WIDE_TILES = Tiles(64, 64, 32, 2, 8)        # of float32 operands
 SMALL_TILES, LARGE_TILES = Tiles(16, 64, 16, 1, 1, 2, 6), Tiles(16, 8192, 64, 1, 1, 2, 6)

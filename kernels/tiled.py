@@ -12,6 +12,7 @@ A program has a tile of rows and a *span*, tiles of columns one after the other.
 and leaves it as the ``state`` of its span. Spans are then added up in their order, like the ranks of a group. What is
 known of each row then makes the gradient: a tile is computed again, and its slope dloss/du written, for as many columns
 as there is memory for. At the ids of a target, whose logits the first look has found, a kernel of rows writes over it.
+(Class probabilities are as many as logits: there is nothing to be gained.)
 
 Rows of tiles are worked on in groups: the programs of a moment share operands, which they then find in the L2 cache.
 Where the chip has a tensor memory accelerator, and rows are aligned, operands come through it.
@@ -28,9 +29,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import cross_entropy as ce
 from . import logprob as lp
-from .launch import INTERPRETED, has_tensor_memory_accelerator, multiprocessors, tiles
+from .launch import has_tensor_memory_accelerator, multiprocessors, tiles
 from .logits import NO_ID, TRUNCATES, capped, nearest_bfloat16, store_slope
 
+NOWHERE = tl.constexpr(2**31 - 1)
 ALIGNMENT = 16      # bytes, of what a descriptor names
 
 
@@ -48,12 +50,14 @@ def place_of(item, row_tiles, spans, GROUP: tl.constexpr):
 
 @triton.jit
 def as_operand(b, dtype: tl.constexpr):
-    """In the dtype of the other one. The interpreter cuts bfloat16 off, and multiplies its raw bits."""
-    if TRUNCATES:
-        if dtype == tl.bfloat16:
-            b = nearest_bfloat16(b.to(tl.float32))
+    """In the dtype of products. The interpreter rounds to bfloat16 by cutting off, and multiplies its raw bits."""
+    if not TRUNCATES:
+        b = b.to(dtype)
+    elif dtype == tl.bfloat16:
+        b = nearest_bfloat16(b.to(tl.float32))
+    else:
         b = b.to(dtype).to(tl.float32)
-    return b.to(dtype) if not TRUNCATES else b
+    return b
 
 
 @triton.jit
@@ -83,6 +87,13 @@ def outputs(
 
 
 @triton.jit
+def load_places(ids_ptr, offsets, mask, first_id, columns):
+    """Where ids are among these columns; -1 for those before, NOWHERE for those behind, and where masked."""
+    id = tl.load(ids_ptr + offsets, mask=mask, other=NO_ID) - first_id
+    return tl.where(id < columns, tl.maximum(id, -1), NOWHERE).to(tl.int32)
+
+
+@triton.jit
 def highest(top, z):
     """The maximum of each row so far, how much it rose, and what exponents are relative to: 0 for -inf."""
     before = top
@@ -102,12 +113,11 @@ def _cross_entropy_look(
     state_ptr,                                      # (S, R, STATE)
     rows, columns, hidden, spans, first_id, scale, softcap, inverse_temperature,
     BUCKET: tl.constexpr, SMOOTH: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    HAS_CLASS_WEIGHT: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_CLASS_WEIGHT: tl.constexpr, K: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
 ):
     NEVER: tl.constexpr = -float("inf")
     row_tiles, blocks = tl.cdiv(rows, BLOCK_N), tl.cdiv(columns, BLOCK_V)
-    lanes = tl.arange(0, BLOCK_V)
     for item in range(tl.program_id(0), row_tiles * spans, tl.num_programs(0)):
         row_tile, span = place_of(item, row_tiles, spans, GROUP)
         i = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -115,17 +125,18 @@ def _cross_entropy_look(
         first, last = span * blocks // spans, (span + 1) * blocks // spans
 
         # which of a row's ids, in ascending order, is the next to be met
-        k = tl.arange(0, BLOCK_K)
-        ids = tl.load(ids_ptr + row[:, None] * K + k[None, :], mask=there[:, None] & (k < K)[None, :], other=NO_ID)
-        next_k = tl.sum((ids < first_id + first * BLOCK_V).to(tl.int32), 1)
-        next_id = tl.load(ids_ptr + row * K + next_k, mask=there & (next_k < K), other=NO_ID)
+        next_k = tl.zeros([BLOCK_N], tl.int32)
+        for k in range(0, K):
+            place = load_places(ids_ptr, row * K + k, there, first_id, columns)
+            next_k += (place < first * BLOCK_V).to(tl.int32)
+        next_place = load_places(ids_ptr, row * K + next_k, there & (next_k < K), first_id, columns)
 
         top = tl.full([BLOCK_N], NEVER, tl.float32)
         total = tl.zeros([BLOCK_N], tl.float32)
         peak, below, weight = top, total, total
         for block in range(first, last):
             column = block * BLOCK_V
-            j = (column + lanes)[None, :]
+            j = (column + tl.arange(0, BLOCK_V))[None, :]
             u = outputs(x_ptr, x_stride, x_inner, w_ptr, w_stride, w_inner, row_tile * BLOCK_N, column, rows, columns,
                         hidden, TMA, PRECISION, BLOCK_N, BLOCK_V, BLOCK_D)
             z = capped(u, bias_ptr, j, j < columns, scale, softcap, HAS_BIAS, HAS_SOFTCAP) * inverse_temperature
@@ -136,17 +147,16 @@ def _cross_entropy_look(
                     a = tl.load(class_weight_ptr + j, mask=j < columns, other=0.0)
                 below += weight * rise + tl.sum(tl.where(a != 0, a * (peak[:, None] - z), 0.0), 1)
                 weight += tl.sum(a, 1)
-            stop = first_id + tl.minimum(column + BLOCK_V, columns)
-            met = next_id < stop
+            met = next_place < column + BLOCK_V
             while tl.max(met.to(tl.int32), 0) > 0:
-                at = lanes[None, :] == tl.where(met, next_id - first_id - column, -1).to(tl.int32)[:, None]
+                at = j == next_place[:, None]
                 tl.store(z_ptr + row * K + next_k, tl.sum(tl.where(at, z, 0.0), 1), mask=met)
                 if BUCKET:      # the sum is of what is off the support
                     z = tl.where(at, NEVER, z)
                 next_k += met.to(tl.int32)
-                following = tl.load(ids_ptr + row * K + next_k, mask=met & (next_k < K), other=NO_ID)
-                next_id = tl.where(met, following, next_id)
-                met = next_id < stop
+                following = load_places(ids_ptr, row * K + next_k, met & (next_k < K), first_id, columns)
+                next_place = tl.where(met, following, next_place)
+                met = next_place < column + BLOCK_V
             top, rise, shift = highest(top, z)
             total = total * tl.exp(-rise) + tl.sum(tl.exp(z - shift[:, None]), 1)
 
@@ -233,12 +243,11 @@ def _logprob_look(
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
 ):
     row_tiles, blocks = tl.cdiv(rows, BLOCK_N), tl.cdiv(columns, BLOCK_V)
-    lanes = tl.arange(0, BLOCK_V)
     for item in range(tl.program_id(0), row_tiles * spans, tl.num_programs(0)):
         row_tile, span = place_of(item, row_tiles, spans, GROUP)
         i = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
         there, row = i < rows, i.to(tl.int64)
-        y = tl.load(ids_ptr + row, mask=there, other=NO_ID) - first_id
+        y = load_places(ids_ptr, row, there, first_id, columns)
 
         top = tl.full([BLOCK_N], -float("inf"), tl.float32)
         z_y = tl.full([BLOCK_N], float("nan"), tl.float32)      # an id that nobody has
@@ -246,13 +255,12 @@ def _logprob_look(
         below, argmax = total, total
         for block in range(span * blocks // spans, (span + 1) * blocks // spans):
             column = block * BLOCK_V
-            j = (column + lanes)[None, :]
+            j = (column + tl.arange(0, BLOCK_V))[None, :]
             u = outputs(x_ptr, x_stride, x_inner, w_ptr, w_stride, w_inner, row_tile * BLOCK_N, column, rows, columns,
                         hidden, TMA, PRECISION, BLOCK_N, BLOCK_V, BLOCK_D)
             z = capped(u, bias_ptr, j, j < columns, scale, softcap, HAS_BIAS, HAS_SOFTCAP) * inverse_temperature
-            met = (y >= column) & (y < tl.minimum(column + BLOCK_V, columns))
-            at = lanes[None, :] == tl.where(met, y - column, -1).to(tl.int32)[:, None]
-            z_y = tl.where(met, tl.sum(tl.where(at, z, 0.0), 1), z_y)
+            met = (y >= column) & (y < column + BLOCK_V)
+            z_y = tl.where(met, tl.sum(tl.where(j == y[:, None], z, 0.0), 1), z_y)
             before = top
             top, rise, shift = highest(top, z)
             lowest = tl.min(tl.where(z == top[:, None], j, columns), 1)         # of those that have the maximum
@@ -292,8 +300,7 @@ def _logprob_slope(
         u = outputs(x_ptr, x_stride, x_inner, w_ptr, w_stride, w_inner, row_tile * BLOCK_N, block * BLOCK_V, rows,
                     columns, hidden, TMA, PRECISION, BLOCK_N, BLOCK_V, BLOCK_D)
         c = capped(u, bias_ptr, j, j < columns, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
-        y = tl.load(ids_ptr + row, mask=there, other=NO_ID) - first_id
-        y = tl.where((y >= 0) & (y < columns), y, -1).to(tl.int32)[:, None]
+        y = load_places(ids_ptr, row, there, first_id, columns)[:, None]
         top = tl.load(state_ptr + row * lp.STATE + lp.TOP, mask=there, other=0.0)[:, None]
         log_total = tl.log(tl.load(state_ptr + row * lp.STATE + lp.TOTAL, mask=there, other=1.0))[:, None]
         entropy = tl.load(results_ptr + results_stride + row, mask=there, other=0.0)[:, None]
@@ -351,8 +358,8 @@ class Head:
 
 
 def _aligned(tensor) -> bool:
-    row, inner = tensor.stride()
-    return inner == 1 and tensor.data_ptr() % ALIGNMENT == 0 and row * tensor.element_size() % ALIGNMENT == 0
+    (_, length), (row, inner) = tensor.shape, tensor.stride()
+    return inner == 1 and row >= length and tensor.data_ptr() % ALIGNMENT == 0 and row * tensor.element_size() % ALIGNMENT == 0
 
 
 def spans(rows: int, columns: int, found) -> int:
@@ -377,7 +384,7 @@ def look_cross_entropy(rows: ce.CrossEntropyRows, head: Head):
         rows.slopes = torch.empty(count, ce.SLOPES.value, dtype=torch.float32, device=head.x.device)
     head.launch(
         _cross_entropy_look, len(state), head.x if rows.class_weight is None else rows.class_weight, rows.ids, z, state,
-        spans=len(state), first_id=head.first_id, **_of(rows), K=k, BLOCK_K=triton.next_power_of_2(k))
+        spans=len(state), first_id=head.first_id, **_of(rows), K=k)
     return state, z
 
 

@@ -23,11 +23,11 @@ LOOK = 30                               # bytes that a look at a logit moves; me
 BALANCE = {2: (35, 250), 4: (13, 100), 8: (6, 20)}  # FLOP in the time of a byte, by item size: CPU, accelerator
 # of backend "cpu", which looks at logits in cache: the same, and what computing them again costs, in products
 COMPILED_BALANCE, COMPILED_AGAIN = {2: 35, 4: 16}, 0.65
-# of backend "triton", by item size: a tile of logits in a kernel of ours, in the library's products (a guess, to be
-# measured); bytes of a logit that the chunked route moves besides: written and looked at twice in float32, its gradient
-ROUTES = ("chunked", "tiled")
-TILED, CHUNKED_LOGIT = {2: 1.2, 4: 2.0}, {2: 10, 4: 12}
-SPAN = 1024                             # columns of the tiled route's gradient that a product is worth while for
+ROUTES = ("chunked", "tiled")           # of backend "triton"
+# by item size: the time of a product in a kernel of ours, in the library's (a guess, to be measured); bytes that the
+# chunked route moves for a logit: looked at twice in float32, and its gradient written
+TILED, CHUNKED_LOGIT = {2: 1.2, 4: 2.0}, {2: 4 + 4 + 2, 4: 4 + 4 + 4}
+SPAN = 1024                             # columns of the tiled route's gradient that make a good product
 
 
 @dataclasses.dataclass(frozen=True)
