@@ -170,9 +170,10 @@ def _plan_tiles(demand: Demand, workspace_bytes: int) -> ChunkPlan:
         rows = fit(max(1, demand.tokens), lambda r, span=span: _bytes_of_tiles(demand, workspace_bytes, r, span))
         if rows:
             break
-    tile = fit(demand.vocab, lambda t: _bytes_of_tiles(demand, workspace_bytes, rows, t))
-    if SPAN <= tile < demand.vocab:
-        tile -= tile % SPAN
+    tile = demand.vocab         # whose gradients need no sum
+    if _bytes_of_tiles(demand, workspace_bytes, rows, tile) > workspace_bytes:
+        tile = fit(tile - 1, lambda t: _bytes_of_tiles(demand, workspace_bytes, rows, t))
+        tile -= tile % SPAN if tile > SPAN else 0
     return ChunkPlan(rows, _product_columns(demand, workspace_bytes)[0], tile, route="tiled")
 
 

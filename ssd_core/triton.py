@@ -155,6 +155,7 @@ def _owned(values, over):
 
 
 def _head(input, weight, bias, logit_scale, softcap, dtype, chunks):
+    bias = None if bias is None else bias.contiguous()          # kernels add it
     return heads.Head(input, weight, bias, logit_scale, softcap, dtype, chunks.columns, wide=True)
 
 
