@@ -24,7 +24,8 @@ from ssd_core.checks import UsageError
 
 HEADING = """# What the compiler makes of the kernels
 
-Triton {triton}, without a GPU: registers of a thread / KiB of shared memory of a program. `python -P -m
+Triton {triton}, without a GPU: registers of a thread / KiB of shared memory of a program. "descriptors" are those of the
+tensor memory accelerator. `python -P -m
 ssd_core.bench.resources --out bench/RESOURCES.md` writes this table; tests/test_triton.py holds it to limits."""
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 PRODUCTS = {"sm_80": r"mma\.sync", "sm_90": r"wgmma\.mma_async", "sm_100": r"tcgen05\.mma",
@@ -177,19 +178,18 @@ def compiled(variant: Variant, target: str) -> Resources:
 
 
 def _launch(variant: Variant, target: str):
-    """What a block is, in words; sizes; and options of the compiler."""
+    """What a block is, a number of columns or where it is said; sizes; and options of the compiler."""
     from ssd_core.kernels.launch import configured, tiles_of
 
     if variant.launch == "targets":
-        return "a row's ids", {}, {"num_warps": 1}
+        return "ids of a row", {}, {"num_warps": 1}
     if variant.launch != "tiles":
         rows = configured(variant.launch, target.startswith("gfx"))
         return rows.block, {"BLOCK_V": rows.block}, {"num_warps": rows.warps}
     dtype = torch.float32 if dict(variant.types)["x_ptr"] == "fp32" else torch.bfloat16
     found = tiles_of(target, dtype)
     sizes = {"BLOCK_N": found.rows, "BLOCK_V": found.columns, "BLOCK_D": found.terms, "GROUP": found.group}
-    return (f"{found.rows} x {found.columns} x {found.terms}, {found.stages} stages", sizes,
-            {"num_warps": found.warps, "num_stages": found.stages})
+    return "launch.TILES", sizes, {"num_warps": found.warps, "num_stages": found.stages}
 
 
 def _cuda_usage(cubin: bytes) -> tuple[int, int]:
