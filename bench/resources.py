@@ -24,8 +24,8 @@ from ssd_core.checks import UsageError
 
 HEADING = """# What the compiler makes of the kernels
 
-Triton {triton}, without a GPU: registers of a thread / KiB of shared memory of a program. "descriptors" are those of the
-tensor memory accelerator. `python -P -m
+Triton {triton}, without a GPU: registers of a thread / KiB of shared memory of a program; "descriptors" are those of
+the tensor memory accelerator. `python -P -m
 ssd_core.bench.resources --out bench/RESOURCES.md` writes this table; tests/test_triton.py holds it to limits."""
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 PRODUCTS = {"sm_80": r"mma\.sync", "sm_90": r"wgmma\.mma_async", "sm_100": r"tcgen05\.mma",

@@ -126,7 +126,7 @@ def _cross_entropy_look(
 
         # which of a row's ids, in ascending order, is the next to be met
         next_k = tl.zeros([BLOCK_N], tl.int32)
-        for k in range(0, K):
+        for k in range(K):
             place = load_places(ids_ptr, row * K + k, there, first_id, columns)
             next_k += (place < first * BLOCK_V).to(tl.int32)
         next_place = load_places(ids_ptr, row * K + next_k, there & (next_k < K), first_id, columns)
@@ -317,8 +317,8 @@ def _logprob_slope(
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """What tiles are computed from: x (R, D) in the product's dtype, ``weight`` (V, D), ``bias`` (V,) or None. The first
-    of its columns has id ``first_id``."""
+    """What tiles are computed from: x (R, D) in the product's dtype, ``weight`` (V, D), ``bias`` (V,) or None. The id
+    of the first column is ``first_id``."""
 
     x: torch.Tensor
     weight: torch.Tensor
@@ -359,7 +359,8 @@ class Head:
 
 def _aligned(tensor) -> bool:
     (_, length), (row, inner) = tensor.shape, tensor.stride()
-    return inner == 1 and row >= length and tensor.data_ptr() % ALIGNMENT == 0 and row * tensor.element_size() % ALIGNMENT == 0
+    starts_aligned = all(at % ALIGNMENT == 0 for at in (tensor.data_ptr(), row * tensor.element_size()))
+    return inner == 1 and row >= length and starts_aligned
 
 
 def spans(rows: int, columns: int, found) -> int:
@@ -374,8 +375,8 @@ def state_bytes(rows: int, columns: int, dtype: torch.dtype, device: torch.devic
 
 
 def look_cross_entropy(rows: ce.CrossEntropyRows, head: Head):
-    """The state of each span (S, R, STATE), and the logits (R, K) of targets that are here; NaN for others. If there is a
-    gradient to come, there is room for ``rows.slopes``."""
+    """The state of each span (S, R, STATE), and the logits (R, K) of targets that are here; NaN for others. If a gradient
+    is to come, there is room for ``rows.slopes``."""
     count, k = rows.ids.shape
     state = torch.zeros(head.spans(), count, ce.STATE.value, dtype=torch.float32, device=head.x.device)
     state[..., [ce.TOP.value, ce.PEAK.value]] = -torch.inf

@@ -207,7 +207,7 @@ def check_tiles(one):
     """They fill a chip's registers and its shared memory, and nothing more."""
     assert one.spills == 0 and one.registers <= 255, one
     assert one.shared <= CHIP_SHARED[one.target], one
-    no_matrices = "ieee" in one.variant and one.target != "gfx942" or "targets" in one.variant
+    no_matrices = ("ieee" in one.variant and one.target != "gfx942") or "targets" in one.variant
     assert (one.products == 0) if no_matrices else (one.products > 0), one
     assert (one.copies > 0) == ("descriptors" in one.variant), one
 

@@ -186,7 +186,7 @@ TIGHT = dataclasses.replace(ROUTES, vocab=262144)
 
 @pytest.mark.parametrize(("demand", "workspace", "route"), [
     (ROUTES, 4096 * MIB, "chunked"),                                            # three products, and all logits at once
-    (TIGHT, 512 * MIB, "tiled"),                                                # 512 rows: d_weight is added up 16 times
+    (TIGHT, 512 * MIB, "tiled"),                                                # 512 rows: d_weight is added up often
     (dataclasses.replace(TIGHT, d_weight=False), 512 * MIB, "chunked"),         # of a frozen head it is not
     (dataclasses.replace(ROUTES, scaled=False), 4096 * MIB, "tiled"),           # one product, and no logits are moved
     (dataclasses.replace(ROUTES, hidden=576), 4096 * MIB, "tiled"),             # moving them costs more than computing
