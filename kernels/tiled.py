@@ -375,8 +375,8 @@ def state_bytes(rows: int, columns: int, dtype: torch.dtype, device: torch.devic
 
 
 def look_cross_entropy(rows: ce.CrossEntropyRows, head: Head):
-    """The state of each span (S, R, STATE), and the logits (R, K) of targets that are here; NaN for others. There is room
-    for ``rows.slopes`` if a gradient is to come."""
+    """The state of each span (S, R, STATE), and the logits (R, K) of targets that are here; NaN for others. If a
+    gradient is to come, there is room for ``rows.slopes``."""
     count, k = rows.ids.shape
     state = torch.zeros(head.spans(), count, ce.STATE.value, dtype=torch.float32, device=head.x.device)
     state[..., [ce.TOP.value, ce.PEAK.value]] = -torch.inf
