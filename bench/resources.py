@@ -17,17 +17,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Optional
 
+import torch
 import typer
 
 from ssd_core.checks import UsageError
 
 HEADING = """# What the compiler makes of the kernels
 
-Triton {triton}, without a GPU: registers of a thread / KiB of shared memory of a program. A block has columns of a row,
-or rows, columns and coordinates of a product. `python -P -m
+Triton {triton}, without a GPU: registers of a thread / KiB of shared memory of a program; "descriptors" are those of
+the tensor memory accelerator. A block has columns of a row, or rows, columns and coordinates of a product. `python -P -m
 ssd_core.bench.resources --out bench/RESOURCES.md` writes this table; tests/test_triton.py holds it to limits."""
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
-COLUMNS = 131072
+PRODUCTS = {"sm_80": r"mma\.sync", "sm_90": r"wgmma\.mma_async", "sm_100": r"tcgen05\.mma",
+            "gfx942": r"v_mfma"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,13 +39,40 @@ class Variant:
     name: str
     module: str
     function: str
-    launch: str                                 # of kernels.launch.ROWS or FILTER
+    launch: str                                 # of kernels.launch.ROWS or FILTER, or "tiles" of its TILES
     types: tuple[tuple[str, str], ...] = ()
     flags: tuple[tuple[str, object], ...] = ()
+    targets: tuple[str, ...] = TARGETS
 
 
-def _variant(name, module, function, launch, types=None, **flags):
-    return Variant(name, module, function, launch, tuple((types or {}).items()), tuple(flags.items()))
+def _variant(name, module, function, launch, types=None, targets=TARGETS, **flags):
+    return Variant(name, module, function, launch, tuple((types or {}).items()), tuple(flags.items()), targets)
+
+
+def _tiled(name, function, targets=TARGETS, dtype="bf16", **flags):
+    """With the operands' dtype, or that of a descriptor of them."""
+    types = {"x_ptr": dtype, "w_ptr": dtype, "ids_ptr": "*i64"}
+    return _variant(name, "tiled", function, "tiles", types, targets, **{"PRECISION": "ieee", **flags})
+
+
+def _tiled_variants():
+    hopper = ("sm_90", "sm_100")
+    everything = {"HAS_BIAS": True, "HAS_SOFTCAP": True, "HAS_CLASS_WEIGHT": True, "SMOOTH": True, "BUCKET": True}
+    for through, targets, flags in ((", descriptors", hopper, {"TMA": True}), ("", TARGETS, {})):
+        yield _tiled(f"tiled cross-entropy, look{through}", "_cross_entropy_look", targets, **flags)
+        yield _tiled(f"tiled cross-entropy, look, 64 ids, all options{through}", "_cross_entropy_look", targets, K=64,
+                     BLOCK_K=64, **everything, **flags)
+        yield _tiled(f"tiled cross-entropy, slope{through}", "_cross_entropy_slope", targets, **flags)
+        yield _tiled(f"tiled cross-entropy, slope, all options{through}", "_cross_entropy_slope", targets, **everything,
+                     **flags)
+        yield _tiled(f"tiled log-probability, look{through}", "_logprob_look", targets, HAS_SOFTCAP=True, **flags)
+        yield _tiled(f"tiled log-probability, slope{through}", "_logprob_slope", targets, HAS_SOFTCAP=True, **flags)
+    for precision in ("ieee", "tf32"):
+        for kernel in ("look", "slope"):
+            yield _tiled(f"tiled cross-entropy, {kernel}, float32 {precision}", f"_cross_entropy_{kernel}",
+                         TARGETS if precision == "ieee" else TARGETS[:3], dtype="fp32", PRECISION=precision)
+    yield _variant("tiled cross-entropy, targets", "tiled", "_cross_entropy_targets", "targets", K=64, BLOCK_K=64,
+                   **everything)
 
 
 # of a head, logits are float32 and the gradient that takes their place bfloat16
@@ -79,6 +108,7 @@ VARIANTS = (
     _variant("sample, top-k and top-p", *SAMPLE, TOP_K=True, TOP_P=True, MAXIMA=True),
     _variant("sample, all tokens", *SAMPLE),
     _variant("sample, greedy", *SAMPLE, GREEDY=True),
+    *_tiled_variants(),
 )
 
 # by argument, where a variant says nothing else
@@ -87,8 +117,9 @@ TYPES = {
     "t_bias_ptr": "*bf16", "dense_ptr": "*bf16", "tokens_ptr": "*i64", "ids_ptr": "*i64",
     "labels_ptr": "*i64", "seeds_ptr": "*i64", "positions_ptr": "*i64", "token_ptr": "*i64", "options_ptr": "*fp64",
     "weight_ptr": "*bf16", "order_ptr": "*i64", "active_ptr": "*i8", "list_ptr": "*i32", "count_ptr": "*i32"}
-INTEGERS = ("first_token", "columns", "t_columns", "first_id", "vocab", "groups", "top_k", "rows", "tiles", "hidden")
-ONE = ("weight_step",)
+INTEGERS = ("first_token", "rows", "columns", "t_columns", "hidden", "tiles", "spans", "first_id", "vocab", "groups",
+            "top_k")
+ONE = re.compile(r".*_inner|weight_step")       # strides
 FLAGS = {"LOOK": True, "FINISH": True, "GRADIENT": True, "TERMS": True, "KIND": 0, "TAIL": 0, "K": 1, "BLOCK_K": 1,
          "LIMIT": 64, "CAPACITY": 256, "GROUPS": 256, "BLOCK_G": 1024, "TILE": 0, "BLOCK_T": 1024, "PRECISION": "ieee"}
 ALIGNED = re.compile(r".*_ptr|.*_stride|columns|t_columns|vocab|tiles|hidden")      # multiples of 16
@@ -106,35 +137,36 @@ class Resources:
     spills: int             # bytes
     shared: int             # bytes of a program
     load_bits: int          # the widest load of a thread
-    matrix: bool            # products are the matrix units'
+    products: int           # instructions that multiply matrices
+    copies: int             # instructions of the tensor memory accelerator
 
 
 def compiled(variant: Variant, target: str) -> Resources:
     """Raises what the compiler raises."""
     import triton
-    from ssd_core.kernels.launch import Rows, configured
     from triton.backends.compiler import GPUTarget
 
     kernel = getattr(importlib.import_module(f"ssd_core.kernels.{variant.module}"), variant.function)
-    launch = configured(variant.launch, target.startswith("gfx"))
-    blocks = ({"BLOCK_V": launch.block} if isinstance(launch, Rows)
-              else {"BLOCK_R": launch.rows, "BLOCK_C": launch.columns, "BLOCK_D": launch.hidden})
-    types, flags = {**TYPES, **dict(variant.types)}, {**FLAGS, **blocks, **dict(variant.flags)}
+    block, sizes, options = _launch(variant, target)
+    types, flags = {**TYPES, **dict(variant.types)}, {**FLAGS, **sizes, **dict(variant.flags)}
+    if "BLOCK_N" in sizes:
+        for name, length in (("x_ptr", "BLOCK_N"), ("w_ptr", "BLOCK_V")):
+            kind = types[name]
+            types[name] = f"tensordesc<{kind}[{sizes[length]}, {sizes['BLOCK_D']}]>" if flags.get("TMA") else f"*{kind}"
     signature, constants, attributes = {}, {}, {}
     for place, parameter in enumerate(kernel.params):
         name = parameter.name
-        if parameter.is_constexpr or name in ONE:
-            signature[name], constants[(place,)] = "constexpr", 1 if name in ONE else flags.get(name, False)
+        if parameter.is_constexpr or ONE.fullmatch(name):
+            signature[name], constants[(place,)] = "constexpr", 1 if ONE.fullmatch(name) else flags.get(name, False)
             continue
         number = "i32" if name in INTEGERS or name.endswith("_stride") else "fp32"
         signature[name] = types.get(name, "*fp32") if name.endswith("_ptr") else number
-        if ALIGNED.fullmatch(name):
+        if ALIGNED.fullmatch(name) and not signature[name].startswith("tensordesc"):
             attributes[(place,)] = [["tt.divisibility", 16]]
     gpu = GPUTarget("cuda", int(target[3:]), 32) if target.startswith("sm_") else GPUTarget("hip", target, 64)
     source = triton.compiler.ASTSource(kernel, signature, constants, attributes)
-    built = triton.compile(source, target=gpu, options={"num_warps": launch.warps})
-    block = " x ".join(str(size) for size in blocks.values() if size) or "a row"
-    common = {"variant": variant.name, "target": target, "block": block, "warps": launch.warps,
+    built = triton.compile(source, target=gpu, options=options)
+    common = {"variant": variant.name, "target": target, "block": block, "warps": options["num_warps"],
               "shared": built.metadata.shared}
     if target.startswith("sm_"):
         registers, spills = _cuda_usage(built.asm["cubin"])
@@ -147,9 +179,26 @@ def compiled(variant: Variant, target: str) -> Resources:
         registers = int(re.search(r"\.vgpr_count:\s*(\d+)", text)[1])
         spills = 4 * int(re.search(r"\.vgpr_spill_count:\s*(\d+)", text)[1])
         loads = [(count, 32) for count in re.findall(r"(?:global|buffer)_load_dwordx(\d)", text)]
-    matrix = re.search(r"mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma", text) is not None
     widest = max((int(count or 1) * int(bits) for count, bits in loads), default=0)
-    return Resources(**common, registers=registers, spills=spills, load_bits=widest, matrix=matrix)
+    products = len(re.findall(PRODUCTS[target], text))
+    copies = text.count("cp.async.bulk.tensor")
+    return Resources(**common, registers=registers, spills=spills, load_bits=widest, products=products, copies=copies)
+
+
+def _launch(variant: Variant, target: str):
+    """What a block is, or where it is said; sizes; and options of the compiler."""
+    from ssd_core.kernels.launch import Rows, configured, tiles_of
+
+    if variant.launch == "targets":
+        return "ids of a row", {}, {"num_warps": 1}
+    if variant.launch == "tiles":
+        found = tiles_of(target, torch.float32 if dict(variant.types)["x_ptr"] == "fp32" else torch.bfloat16)
+        sizes = {"BLOCK_N": found.rows, "BLOCK_V": found.columns, "BLOCK_D": found.terms, "GROUP": found.group}
+        return "launch.TILES", sizes, {"num_warps": found.warps, "num_stages": found.stages}
+    found = configured(variant.launch, target.startswith("gfx"))
+    sizes = ({"BLOCK_V": found.block} if isinstance(found, Rows)
+             else {"BLOCK_R": found.rows, "BLOCK_C": found.columns, "BLOCK_D": found.hidden})
+    return " x ".join(str(size) for size in sizes.values() if size) or "a row", sizes, {"num_warps": found.warps}
 
 
 def _cuda_usage(cubin: bytes) -> tuple[int, int]:
@@ -168,7 +217,7 @@ def _cuda_usage(cubin: bytes) -> tuple[int, int]:
 
 def everything(targets=TARGETS, variants=VARIANTS) -> Iterator[Resources]:
     """All of them, in processes side by side."""
-    pairs = [(variant, target) for target in targets for variant in variants]
+    pairs = [(variant, target) for target in targets for variant in variants if target in variant.targets]
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as pool:
         yield from pool.map(_of_pair, pairs)
 

@@ -4,7 +4,8 @@
 
 A prediction is arithmetic. A matrix product takes the longer of its FLOP over the rate of such a product and its bytes
 over the rate of a copy, which it overlaps; a row kernel, which overlaps with nothing, its bytes. Launches, and what
-caches save, are not in it.
+caches save, are not in it. Of an op with two routes, the tiled one is beside the chunked one: two products in a kernel
+of ours, 1.2 times as long as the library's (a guess, in ``plan.TILED``), which move no logits but their gradient.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import typer
 from ssd_core.bench.cases import HEADS, Head
 
 from ssd_core.checks import UsageError
-from ssd_core.plan import MIB
+from ssd_core.plan import MIB, TILED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,15 +51,17 @@ class Work:
     floor: float
     ours: float
     about: str
+    tiled: bool = False         # there is a tiled route, too
 
 
 # a row of a large vocabulary does not stay in cache between two looks at it
 HEAD = Work(3, 0, 4 + 4 + 2, "float32 outputs looked at twice, bfloat16 gradient")
+TILED_HEAD = dataclasses.replace(HEAD, tiled=True)
 WORK = {
-    "linear_cross_entropy": HEAD,
+    "linear_cross_entropy": TILED_HEAD,
     "linear_distill": HEAD,
     "linear_distill_hidden": Work(4, 0, 3 * (4 + 4) + 2, "both sides looked at three times"),
-    "linear_logprob": HEAD,
+    "linear_logprob": TILED_HEAD,
     "softmax": Work(0, 2 + 2, 2 + 2 + 2, "looked at twice"),
     "log_softmax": Work(0, 2 + 2, 2 + 2 + 2, "looked at twice"),
     "cross_entropy": Work(0, 2 + 2, 2 + 2 + 2, "looked at twice"),
@@ -73,6 +76,7 @@ class Prediction:
     chip: str
     floor: float            # seconds
     seconds: float
+    tiled: float | None     # of the tiled route
 
     @property
     def over_floor(self) -> float:
@@ -98,18 +102,32 @@ def predict(op: str, case: str, head: Head, chip: Chip, tokens: int, workspace: 
             + product(chip, v, d, rows, 8 if chunks > 1 else 2))
         if chunks > 1:
             seconds += (4 + 2) * v * d / chip.bandwidth         # rounded once
-    return Prediction(op, case, chip.name, floor, seconds)
+    return Prediction(op, case, chip.name, floor, seconds, predict_tiled(head, chip, tokens, workspace)
+                      if work.tiled else None)
+
+
+def predict_tiled(head: Head, chip: Chip, tokens: int, workspace: int) -> float:
+    """Seconds of two products of our own, and two of the library for each span of a bfloat16 gradient."""
+    v, d = head.vocab, head.hidden
+    spans = -(-v // min(v, max(1, workspace // (2 * tokens))))
+    columns = -(-v // spans)
+    seconds = TILED[2] * (product(chip, tokens, v, d, 0) + product(chip, tokens, v, d, 2))
+    added = 8 if spans > 1 else 2                                # d_input is added up in float32, d_weight never
+    return seconds + spans * (product(chip, tokens, d, columns, added) + product(chip, columns, d, tokens, 2))
 
 
 def table(found: list[Prediction], tokens: int) -> str:
-    """Markdown; a line for each op and head, floor / prediction of each chip in milliseconds, and their ratio."""
+    """Markdown; a line for each op and head, floor / prediction of each chip in milliseconds, and their ratio; then the
+    tiled route's."""
     chips = list(dict.fromkeys(one.chip for one in found))
     lines = [f"| N = {tokens:,}, bfloat16, predicted | " + " | ".join(chips) + " |", "|---" * (1 + len(chips)) + "|"]
     groups: dict[tuple, list[Prediction]] = {}
     for one in found:
         groups.setdefault((one.op, one.case), []).append(one)
     for (op, case), ones in groups.items():
-        cells = [f"{1e3 * one.floor:.2f} / {1e3 * one.seconds:.2f} ms: {one.over_floor:.2f}" for one in ones]
+        cells = [f"{1e3 * one.floor:.2f} / {1e3 * one.seconds:.2f} ms: {one.over_floor:.2f}"
+                 + (f"; tiled {1e3 * one.tiled:.2f} ms: {one.tiled / one.floor:.2f}" if one.tiled else "")
+                 for one in ones]
         lines.append(f"| {op}, {case} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -12,7 +12,8 @@ the support. Class probabilities d take the place of w: c_j ((1 - eps) d_j + eps
 
 One program has one row, in blocks of columns: it looks at all of them, and once more for the gradient, and for the
 softmax mass of each tile if that is filtered. If the columns come in tiles, or from several ranks, what was seen so far
-waits in ``state``.
+waits in ``state``. ``kernels.tiled`` makes the same state without logits in memory, and wants to know of each row what
+its slope is made of: ``slopes``.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from .launch import row_launch
 from .logits import NO_ID, load_logits, raised, store_slope, support_until
 
 TOP, TOTAL, PEAK, BELOW, WEIGHT, PLAIN, PLAIN_WEIGHT, STATE = (tl.constexpr(i) for i in range(8))
+SHIFT, ON_Q, SHARP, EACH, OFF_SHIFT, OFF_SLOPE, FACTOR, SLOPES = (tl.constexpr(i) for i in range(8))
 
 
 @triton.jit
@@ -34,6 +36,18 @@ def _target_weights(dense_ptr, class_weight_ptr, offsets, mask, sharp, each, HAS
     if HAS_CLASS_WEIGHT:
         a *= tl.load(class_weight_ptr + offsets, mask=mask, other=0.0)
     return a
+
+
+@triton.jit
+def each_of(class_weight_ptr, offsets, mask, each, SMOOTH: tl.constexpr, HAS_CLASS_WEIGHT: tl.constexpr):
+    """What smoothing takes off the slope of some columns."""
+    if not SMOOTH:
+        each_j = 0.0
+    elif HAS_CLASS_WEIGHT:
+        each_j = each * tl.load(class_weight_ptr + offsets, mask=mask, other=0.0)
+    else:
+        each_j = each
+    return each_j
 
 
 @triton.jit
@@ -54,6 +68,16 @@ def loss_of(
 
 
 @triton.jit
+def slope_of(z, on, each, shift, on_q, sharp, off_shift, off_slope, BUCKET: tl.constexpr):
+    """``on_q e^(z - shift) - sharp on - each``, dloss/dz before the factor of its row: ``on`` are the targets' weights,
+    and with a bucket what is off the support has ``- off_slope e^(z - off_shift)``."""
+    g = on_q * tl.exp(z - shift) - sharp * on - each
+    if BUCKET:
+        g -= tl.where(on > 0, 0.0, off_slope * tl.exp(z - off_shift))
+    return g
+
+
+@triton.jit
 def _store_masses(masses_ptr, start, columns, q, TILE: tl.constexpr, BLOCK_V: tl.constexpr):
     """The sums of q (BLOCK_V,) over tiles; of a block that is smaller than a tile, there is one."""
     WIDTH: tl.constexpr = min(TILE, BLOCK_V)
@@ -70,14 +94,15 @@ def _rows(
     dense_ptr, dense_stride,                        # (N, C) class probabilities, by token
     ids_ptr, weights_ptr, label_weight_ptr, row_scale_ptr,      # (R, K), (R, K), (R,), (R,)
     state_ptr,                                      # (R, STATE + K)
+    slopes_ptr,                                     # (R, SLOPES)
     results_ptr, results_stride,                    # (3, R) loss, nll, lse
     masses_ptr, masses_stride,                      # (R, tiles) sums of q over TILE columns; without: TILE is 0
     columns, first_id, vocab, scale, softcap, inverse_temperature, label_smoothing, z_loss, factor,
-    LOOK: tl.constexpr, FINISH: tl.constexpr, GRADIENT: tl.constexpr, CARRY: tl.constexpr, BY_TOKEN: tl.constexpr,
-    HAS_TOKENS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_CLASS_WEIGHT: tl.constexpr,
-    HAS_LABEL_WEIGHT: tl.constexpr, DENSE: tl.constexpr, HARD: tl.constexpr, BUCKET: tl.constexpr,
-    SMOOTH: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, NARROWED: tl.constexpr,
-    TILE: tl.constexpr,
+    LOOK: tl.constexpr, FINISH: tl.constexpr, GRADIENT: tl.constexpr, CARRY: tl.constexpr, HAS_SLOPES: tl.constexpr,
+    BY_TOKEN: tl.constexpr, HAS_TOKENS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    HAS_CLASS_WEIGHT: tl.constexpr, HAS_LABEL_WEIGHT: tl.constexpr, DENSE: tl.constexpr, HARD: tl.constexpr,
+    BUCKET: tl.constexpr, SMOOTH: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    NARROWED: tl.constexpr, TILE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     token = tl.load(tokens_ptr + row) if HAS_TOKENS else row + first_token
@@ -203,40 +228,44 @@ def _rows(
         tl.store(results_ptr + results_stride + row, nll)
         tl.store(results_ptr + 2 * results_stride + row, lse)
 
-    if GRADIENT or TILE > 0:
+    if GRADIENT or HAS_SLOPES or TILE > 0:
         _, shift = raised(top, tl.full([1], NEVER, tl.float32))
         masses_ptr += row * masses_stride
         on_e = on_q / total
-        slope = (tl.load(row_scale_ptr + row) if GRADIENT else 0.0) * inverse_temperature
-        off_slope = 0.0
+        slope = (tl.load(row_scale_ptr + row) if GRADIENT or HAS_SLOPES else 0.0) * inverse_temperature
+        off_shift, off_slope = 0.0, 0.0
         if BUCKET:
             _, off_shift = raised(off_top, tl.full([1], NEVER, tl.float32))
             off_slope = tl.where(p_tail > 0, sharp * p_tail / off_total, 0.0)
+        if HAS_SLOPES:
+            slopes_ptr += row * SLOPES
+            tl.store(slopes_ptr + SHIFT, shift)
+            tl.store(slopes_ptr + ON_Q, on_e)
+            tl.store(slopes_ptr + SHARP, sharp)
+            tl.store(slopes_ptr + EACH, each)
+            tl.store(slopes_ptr + OFF_SHIFT, off_shift)
+            tl.store(slopes_ptr + OFF_SLOPE, off_slope)
+            tl.store(slopes_ptr + FACTOR, slope)
         next_k, next_id = 0, tl.load(ids_ptr)
         for start in range(0, columns, BLOCK_V):
             offsets = start + lanes
             mask = offsets < columns
             c = load_logits(x_ptr, bias_ptr, offsets, mask, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
             z = c * inverse_temperature
-            e = tl.exp(z - shift)
             if TILE > 0:
-                _store_masses(masses_ptr, start, columns, e / total, TILE, BLOCK_V)
+                _store_masses(masses_ptr, start, columns, tl.exp(z - shift) / total, TILE, BLOCK_V)
             if GRADIENT:
-                g = on_e * e
                 if DENSE:
-                    g -= _target_weights(dense_ptr, class_weight_ptr, offsets, mask, sharp, each, HAS_CLASS_WEIGHT)
+                    g = on_e * tl.exp(z - shift) - _target_weights(
+                        dense_ptr, class_weight_ptr, offsets, mask, sharp, each, HAS_CLASS_WEIGHT)
                 else:
-                    if SMOOTH:
-                        g -= each * (
-                            tl.load(class_weight_ptr + offsets, mask=mask, other=0.0) if HAS_CLASS_WEIGHT else 1.0)
                     if HARD:
-                        g -= tl.where(first_id + offsets == next_id, sharp, 0.0)
+                        on = tl.where(first_id + offsets == next_id, 1.0, 0.0)
                     else:
                         on, next_k, next_id = support_until(
                             ids_ptr, weights_ptr, next_k, next_id, first_id + start + BLOCK_V, first_id + offsets, K)
-                        g -= sharp * on
-                        if BUCKET:
-                            g -= tl.where(on > 0, 0.0, off_slope * tl.exp(z - off_shift))
+                    each_j = each_of(class_weight_ptr, offsets, mask, each, SMOOTH, HAS_CLASS_WEIGHT)
+                    g = slope_of(z, on, each_j, shift, on_e, sharp, off_shift, off_slope, BUCKET)
                 g *= slope * scale
                 store_slope(grad_ptr, offsets, g, c, softcap, mask, HAS_SOFTCAP, NARROWED)
 
@@ -259,7 +288,11 @@ class CrossEntropyRows:
         self.options = {"vocab": vocab, "inverse_temperature": 1 / temperature, "label_smoothing": label_smoothing,
                         "z_loss": z_loss, "factor": factor, "BUCKET": bucket}
         self.results = torch.empty(3, len(ids), dtype=torch.float32, device=ids.device)
-        self.state = None
+        self.state = self.slopes = None
+
+    @property
+    def smooth(self) -> bool:
+        return self.options["label_smoothing"] > 0 or self.dense is not None
 
     def run(
         self, x, grad, bias=None, column=0, first_id=0, *, scale=1.0, softcap=0.0, by_token=False, look=True,
@@ -285,13 +318,13 @@ class CrossEntropyRows:
             x if bias is None else bias, class_weight, dense, dense.stride(0),
             self.ids, x if self.weights is None else self.weights,
             x if self.label_weight is None else self.label_weight, x if self.row_scale is None else self.row_scale,
-            x if self.state is None else self.state, self.results, self.results.stride(0),
-            x if masses is None else masses, 0 if masses is None else masses.stride(0), x.shape[1], first_id,
-            scale=scale, softcap=softcap, **self.options, LOOK=look, FINISH=finish, GRADIENT=grad is not None,
-            CARRY=carry, BY_TOKEN=by_token, HAS_TOKENS=has_tokens, HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap > 0,
+            x if self.state is None else self.state, x if self.slopes is None else self.slopes, self.results,
+            self.results.stride(0), x if masses is None else masses, 0 if masses is None else masses.stride(0),
+            x.shape[1], first_id, scale=scale, softcap=softcap, **self.options, LOOK=look, FINISH=finish,
+            GRADIENT=grad is not None, CARRY=carry, HAS_SLOPES=self.slopes is not None, BY_TOKEN=by_token,
+            HAS_TOKENS=has_tokens, HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap > 0,
             HAS_CLASS_WEIGHT=self.class_weight is not None, HAS_LABEL_WEIGHT=self.label_weight is not None,
-            DENSE=self.dense is not None, HARD=self.weights is None and self.dense is None,
-            SMOOTH=self.options["label_smoothing"] > 0 or self.dense is not None, K=k,
+            DENSE=self.dense is not None, HARD=self.weights is None and self.dense is None, SMOOTH=self.smooth, K=k,
             BLOCK_K=triton.next_power_of_2(k), NARROWED=grad is not None and grad.dtype.itemsize < x.dtype.itemsize,
             TILE=width)
 

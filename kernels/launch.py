@@ -21,7 +21,7 @@ class Rows:
 
 
 @dataclasses.dataclass(frozen=True)
-class Tiles:
+class Products:
     """Of a kernel of the gradient filter: warps of a program; rows, columns of a tile and coordinates of a block."""
 
     warps: int
@@ -33,20 +33,42 @@ class Tiles:
         return min(self.hidden, max(16, triton.next_power_of_2(hidden)))
 
 
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Of a kernel that computes tiles of logits: rows and columns of a tile, terms of a product at a time, how many of
+    those are on their way (``stages``), warps, tiles of rows that are worked on side by side (``group``), and into how
+    many work items a vocabulary is cut if there is enough of it."""
+
+    rows: int
+    columns: int
+    terms: int
+    stages: int
+    warps: int
+    group: int = 16
+    items: int = 1024
+
+
+# Of 16-bit operands, by chip family: the largest tile whose float32 sums, and what is made of them, fit the registers.
+TILES = {
+    "sm_80": Tiles(128, 128, 32, 4, 8), "sm_90": Tiles(128, 128, 64, 4, 8), "sm_100": Tiles(128, 128, 64, 4, 8),
+    "gfx942": Tiles(128, 128, 64, 2, 8)}
+WIDE_TILES = Tiles(64, 64, 32, 2, 8)        # of float32 operands
+SMALL_TILES, LARGE_TILES = Tiles(16, 64, 16, 1, 1, 2, 6), Tiles(16, 8192, 64, 1, 1, 2, 6)
+
 # Blocks are as large as leaves two programs a multiprocessor, 128 registers a thread: see bench/resources.py.
 ROWS = {
     "cross_entropy": Rows(4096, 8), "class_probabilities": Rows(2048, 8), "logprob": Rows(2048, 8),
     "distill": Rows(2048, 8), "distill_dense": Rows(4096, 8), "softmax": Rows(4096, 8), "sample": Rows(2048, 8)}
 FILTER = {      # products by the bits of a number
-    "select": Tiles(4), "moments": Tiles(8, rows=32),
-    "input16": Tiles(8, rows=32, hidden=64), "weight16": Tiles(8, rows=32, columns=128, hidden=128),
-    "input32": Tiles(8, rows=32, hidden=32), "weight32": Tiles(8, rows=32, columns=64, hidden=64)}
+    "select": Products(4), "moments": Products(8, rows=32),
+    "input16": Products(8, rows=32, hidden=64), "weight16": Products(8, rows=32, columns=128, hidden=128),
+    "input32": Products(8, rows=32, hidden=32), "weight32": Products(8, rows=32, columns=64, hidden=64)}
 PROGRAMS = 256          # that fill a device, if each has a part of d_input's sum
 # the interpreter: small blocks, so that small vocabularies cross their edges; large ones where time counts
 SMALL, LARGE = Rows(256, 1), Rows(16384, 1)
 
 
-def configured(op: str, hip: bool) -> Rows | Tiles:
+def configured(op: str, hip: bool) -> Rows | Products:
     """AMD's warps are twice as wide."""
     found = (ROWS | FILTER)[op]
     return dataclasses.replace(found, warps=found.warps // 2) if hip else found
@@ -57,6 +79,30 @@ def rows(op: str, columns: int) -> Rows:
         return SMALL if columns <= 4 * SMALL.block else LARGE
     found = configured(op, HIP)
     return dataclasses.replace(found, block=min(found.block, max(128, triton.next_power_of_2(max(1, columns)))))
+
+
+def tiles_of(family: str, dtype: torch.dtype) -> Tiles:
+    return TILES[family] if dtype.itemsize == 2 else WIDE_TILES
+
+
+def tiles(columns: int, dtype: torch.dtype, device: torch.device) -> Tiles:
+    if INTERPRETED:
+        return SMALL_TILES if columns <= 4 * SMALL.block else LARGE_TILES
+    if torch.version.hip is not None:
+        return tiles_of("gfx942", dtype)
+    major, _ = torch.cuda.get_device_capability(device)
+    return tiles_of("sm_80" if major == 8 or major > 10 else f"sm_{major}0", dtype)
+
+
+def has_tensor_memory_accelerator(device: torch.device) -> bool:
+    if INTERPRETED:
+        return True
+    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def multiprocessors(device: torch.device) -> int:
+    """The interpreter has one program after another, and so few."""
+    return 3 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def row_launch(kernel, op: str, count: int, like: torch.Tensor, *arguments, **options) -> None:

@@ -23,8 +23,14 @@ def tanh(x):
 def load_logits(
     x_ptr, bias_ptr, offsets, mask, scale, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):
-    """``c = softcap * tanh(scale * (x + bias) / softcap)`` in float32 at some columns of a row; -inf where masked."""
-    c = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    """``capped`` at some columns of a row."""
+    x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    return capped(x, bias_ptr, offsets, mask, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
+
+
+@triton.jit
+def capped(c, bias_ptr, offsets, mask, scale, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+    """``softcap * tanh(scale * (c + bias) / softcap)`` in float32, of outputs c at these columns; -inf where masked."""
     if HAS_BIAS:
         c += tl.load(bias_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     c *= scale
@@ -34,12 +40,18 @@ def load_logits(
 
 
 @triton.jit
+def nearest_bfloat16(x):
+    """float32 x, rounded to a bfloat16."""
+    bits = x.to(tl.uint32, bitcast=True)
+    nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+    return tl.where(x == x, nearest.to(tl.uint32).to(tl.float32, bitcast=True), x)
+
+
+@triton.jit
 def rounded(x, dtype: tl.constexpr):
     """float32 x, rounded to the nearest of another dtype."""
     if TRUNCATES and dtype == tl.bfloat16:
-        bits = x.to(tl.uint32, bitcast=True)
-        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        x = tl.where(x == x, nearest.to(tl.uint32).to(tl.float32, bitcast=True), x)
+        x = nearest_bfloat16(x)
     return x.to(dtype)
 
 

@@ -21,6 +21,13 @@ TOP, TOTAL, BELOW, LABEL, ARGMAX, STATE = (tl.constexpr(i) for i in range(6))
 
 
 @triton.jit
+def slope_of(log_q, at_label, entropy, on_logprob, on_entropy):
+    q = tl.exp(log_q)
+    g = -q * (on_logprob + tl.where(q > 0, on_entropy * (log_q + entropy), 0.0))
+    return g + tl.where(at_label, on_logprob, 0.0)
+
+
+@triton.jit
 def _rows(
     x_ptr, x_stride, grad_ptr, grad_stride,         # (N, C)
     tokens_ptr, first_token,                        # (R,) int64: places of the rows; without: one after the other
@@ -98,9 +105,7 @@ def _rows(
             mask = offsets < columns
             c = load_logits(x_ptr, bias_ptr, offsets, mask, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
             log_q = c * inverse_temperature - top - log_total
-            q = tl.exp(log_q)
-            g = -q * (on_logprob + tl.where(q > 0, on_entropy * (log_q + entropy), 0.0))
-            g += tl.where(first_id + offsets == y, on_logprob, 0.0)
+            g = slope_of(log_q, first_id + offsets == y, entropy, on_logprob, on_entropy)
             store_slope(grad_ptr, offsets, g, c, softcap, mask, HAS_SOFTCAP, NARROWED)
 
 

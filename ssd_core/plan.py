@@ -5,12 +5,13 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import math
+import os
 from collections.abc import Callable
 
 import torch
 
 from ssd_core import native
-from ssd_core.checks import expect
+from ssd_core.checks import expect, one_of
 from ssd_core.chunked.grad_filter import TILE
 from ssd_core.chunked.logits import block_elements, wide_dtype
 
@@ -22,6 +23,11 @@ LOOK = 30                               # bytes that a look at a logit moves; me
 BALANCE = {2: (35, 250), 4: (13, 100), 8: (6, 20)}  # FLOP in the time of a byte, by item size: CPU, accelerator
 # of backend "cpu", which looks at logits in cache: the same, and what computing them again costs, in products
 COMPILED_BALANCE, COMPILED_AGAIN = {2: 35, 4: 16}, 0.65
+ROUTES = ("chunked", "tiled")           # of backend "triton"
+# by item size: the time of a product in a kernel of ours, in the library's (a guess, to be measured); bytes that the
+# chunked route moves for a logit: looked at twice in float32, and its gradient written
+TILED, CHUNKED_LOGIT = {2: 1.2, 4: 2.0}, {2: 4 + 4 + 2, 4: 4 + 4 + 4}
+SPAN = 1024                             # columns of the tiled route's gradient that make a good product
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +40,7 @@ class ChunkPlan:
     columns: int
     tile: int
     spare: int = 0      # bytes of the budget that are left
+    route: str = "chunked"              # or "tiled": no logits are held, and a tile is one of the gradient
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +62,7 @@ class Demand:
     wide_input: bool = False    # d_input, of 16 bits, is added up in float32
     filtered: int = 0           # different bounds of the gradient filter, which needs all columns
     partial: int = 0            # sums of d_input that it adds up apart
+    scaled: bool = True         # there are gradients
     d_weight: bool = True       # a gradient of the weight is added up
     teacher_hidden: int = 0     # length of a teacher's hidden states
     softcap: bool = False
@@ -63,6 +71,7 @@ class Demand:
     ranks: int = 1              # that share the vocabulary
     summed: int = 0             # tokens, counting or not, whose d_input is added up over them
     held: Callable[[int, int], int] | None = None   # bytes of so many rows and columns, if the backend counts them
+    tiled: Callable[[int], int] | None = None       # bytes of what is seen of so many rows, if there is a tiled route
 
     def fixed(self) -> int:
         """Bytes that do not depend on the plan, but for the row pass's own buffers."""
@@ -99,17 +108,29 @@ def plan_chunks(demand: Demand, workspace_bytes: int | None) -> ChunkPlan:
 
     All columns of as many rows as fit; or, if that is no row or so few that adding up d_weight costs more than
     computing the logits again, tiles of the vocabulary.
+
+    Where a backend has two routes, the cheaper one that fits; SSD_CORE_ROUTE names the one to take, for tests.
     """
     if workspace_bytes is None:
         workspace_bytes = DEFAULT_WORKSPACE.get(demand.device.type, ACCELERATOR_WORKSPACE)
     if demand.held is not None:
         return _plan_panels(demand, workspace_bytes)
-    itemsize, vocab, tokens = demand.dtype.itemsize, demand.vocab, demand.tokens
-    columns, product = vocab, 0
-    if itemsize == 2 or demand.cast:
-        # one eighth of the budget, or at least a thin slice of the vocabulary
-        columns = min(vocab, max(64, workspace_bytes // 8 // (demand.hidden * max(itemsize, 4 if demand.cast else 0))))
-        product = columns * demand.hidden * (itemsize + (4 if demand.cast else 0))
+    if demand.tiled is None:
+        return _plan_chunks(demand, workspace_bytes)
+    named = os.environ.get("SSD_CORE_ROUTE")
+    one_of(named or "chunked", "SSD_CORE_ROUTE", ROUTES)
+    if named == "tiled":
+        return _plan_tiles(demand, workspace_bytes)
+    chunks = _plan_chunks(demand, workspace_bytes)      # which need less at the least
+    least = _bytes_of_tiles(demand, workspace_bytes, 1, min(demand.vocab, NARROWEST))
+    if named == "chunked" or least > workspace_bytes:
+        return chunks
+    return min(chunks, _plan_tiles(demand, workspace_bytes), key=lambda plan: _route_cost(demand, plan))
+
+
+def _plan_chunks(demand: Demand, workspace_bytes: int) -> ChunkPlan:
+    vocab, tokens = demand.vocab, demand.tokens
+    columns, product = _product_columns(demand, workspace_bytes)
     free = workspace_bytes - demand.fixed() - product
 
     whole = min(tokens, (free - demand.row_pass(vocab)) // demand.row(vocab))
@@ -127,6 +148,63 @@ def plan_chunks(demand: Demand, workspace_bytes: int | None) -> ChunkPlan:
     if whole >= 1 and _cost(demand, whole, 0) <= _cost(demand, rows, demand.passes):
         return ChunkPlan(whole, columns, vocab)
     return ChunkPlan(rows, columns, tile)
+
+
+def _product_columns(demand: Demand, workspace_bytes: int) -> tuple[int, int]:
+    """Of a product at a time, or of a weight that is cast, and their bytes."""
+    itemsize = demand.dtype.itemsize
+    if itemsize > 2 and not demand.cast:
+        return demand.vocab, 0
+    # one eighth of the budget, or at least a thin slice of the vocabulary
+    thin = max(64, workspace_bytes // 8 // (demand.hidden * max(itemsize, 4 if demand.cast else 0)))
+    columns = min(demand.vocab, thin)
+    return columns, columns * demand.hidden * (itemsize + (4 if demand.cast else 0))
+
+
+def _plan_tiles(demand: Demand, workspace_bytes: int) -> ChunkPlan:
+    """The tiled route: all tokens and as many columns of their gradient as fit, or as many tokens as leave room for
+    ``SPAN`` of them."""
+    narrowest = min(demand.vocab, NARROWEST)
+    least = _bytes_of_tiles(demand, workspace_bytes, 1, narrowest)
+    expect(least <= workspace_bytes, "workspace_bytes", f"at least {least} for {narrowest} logits", workspace_bytes)
+
+    def fit(most, bytes_of):
+        return _fit(most, workspace_bytes, bytes_of)
+
+    for span in (min(demand.vocab, SPAN), narrowest):
+        rows = fit(max(1, demand.tokens), lambda r, span=span: _bytes_of_tiles(demand, workspace_bytes, r, span))
+        if rows:
+            break
+    tile = demand.vocab         # whose gradients need no sum
+    if _bytes_of_tiles(demand, workspace_bytes, rows, tile) > workspace_bytes:
+        tile = fit(tile - 1, lambda t: _bytes_of_tiles(demand, workspace_bytes, rows, t))
+        tile -= tile % SPAN if tile > SPAN else 0
+    return ChunkPlan(rows, _product_columns(demand, workspace_bytes)[0], tile, route="tiled")
+
+
+def _bytes_of_tiles(demand: Demand, workspace_bytes: int, rows: int, tile: int) -> int:
+    _, product = _product_columns(demand, workspace_bytes)
+    lean = dataclasses.replace(demand, wide_logits=False)
+    return lean.fixed() + product + demand.tiled(rows) + rows * lean.row(tile if demand.scaled else 0)
+
+
+def _route_cost(demand: Demand, plan: ChunkPlan) -> float:
+    """What differs between two routes, in products: how often logits are computed and what that moves, and d_weight
+    added up over chunks."""
+    itemsize = demand.dtype.itemsize
+    balance = BALANCE[itemsize][demand.device.type != "cpu"]
+    if plan.route == "tiled":
+        logits = TILED[itemsize] * (1 + demand.scaled)
+    else:
+        again = demand.passes if plan.tile < demand.vocab and demand.scaled else 0
+        logits = (1 + again) * (1 + CHUNKED_LOGIT[itemsize] * balance / (2 * demand.hidden))
+    added_up = demand.scaled and demand.d_weight and plan.rows < demand.tokens
+    return logits + (4 * balance / plan.rows if added_up else 0)
+
+
+def _fit(most: int, budget: int, bytes_of: Callable[[int], int]) -> int:
+    """The largest number up to ``most`` that fits, or 0."""
+    return bisect.bisect_right(range(1, most + 1), budget, key=bytes_of)
 
 
 def _square(demand: Demand, free: int) -> tuple[int, int]:
@@ -155,8 +233,7 @@ def _plan_panels(demand: Demand, workspace_bytes: int) -> ChunkPlan:
         return demand.held(p * panel, demand.vocab if t == tiles else t * tile)
 
     def fit(most: int, bytes_of) -> int:
-        """The largest number up to ``most`` that fits, or 0."""
-        return bisect.bisect_right(range(1, most + 1), budget, key=bytes_of)
+        return _fit(most, budget, bytes_of)
 
     # what the gradient filter leaves waits in the rest
     budget = max(needed(1, 1), workspace_bytes * 7 // 8) if demand.filtered else workspace_bytes

@@ -1,4 +1,10 @@
-"""Backend "triton": the interfaces of ``ssd_core.chunked``, served by the Triton kernels."""
+"""Backend "triton": the interfaces of ``ssd_core.chunked``, served by the Triton kernels.
+
+A head has two routes, of which ``ssd_core.plan`` chooses. *Chunked*: the library's product makes a chunk of logits in
+float32, kernels of rows put the gradient in their place. *Tiled*: ``kernels.tiled`` computes logits where it looks at
+them, and again where it makes the gradient, which alone is in memory. Either gradient goes through the library's
+products, in the loop of ``chunked.head``.
+"""
 
 from __future__ import annotations
 
@@ -32,6 +38,16 @@ def linear_bytes(demand) -> dict:
     return {"buffers": 3, "wide_logits": True, "cast": True, "partial": partial}
 
 
+def tiled_bytes(demand) -> dict:
+    """The same of an op that has the tiled route, which holds the state of all spans twice while they are merged."""
+    from ssd_core.kernels.tiled import state_bytes
+
+    def held(rows):
+        return 2 * state_bytes(rows, demand.vocab, demand.dtype, demand.device)
+
+    return {**linear_bytes(demand), "tiled": None if demand.dense or demand.filtered else held}
+
+
 class KernelPass:
     """A row pass (see ``chunked.logits.RowPass``) of kernels that look at raw outputs. ``rows.run(u, grad, bias,
     first)`` does all of it, or what ``look`` and ``finish`` say; what has been seen is in ``rows.state``, which
@@ -53,7 +69,7 @@ class KernelPass:
         self._run(head, u, False, tile, first, finish=False, step=step)
 
     def reduce(self, group, step):
-        self._reduce(self.rows, group, step)
+        self._reduce(self.rows, lambda tensor, how: groups.all_reduce(tensor.clone(), how, group), step)
 
     def finish(self):
         self.rows.run(self.rows.state[:, :0], None, look=False, **self.given(slice(0, 0)))
@@ -78,32 +94,79 @@ class KernelPass:
         return grad
 
 
-def _reduced_sums(top, sums, group):
-    """The maximum over the ranks, and sums (n, R) of exponentials relative to it."""
-    most, shift = _largest(top, group)
-    return most, groups.all_reduce(sums * torch.exp(top - shift), "sum", group)
+class TiledPass(KernelPass):
+    """A row pass of kernels that make the outputs they look at: ``look_at(rows, tiles)`` leaves ``rows.state``, and
+    ``write_slope(rows, tiles, columns, grad)`` the gradient of some columns."""
+
+    def __init__(self, rows, reduce, look_at, write_slope):
+        super().__init__(rows, reduce)
+        self.look_at, self.write_slope = look_at, write_slope
 
 
-def _reduced_below(below, weight, top, most, group):
-    """sum_j a_j (max - z_j) and sum_j a_j over the ranks, whose maximum rose from top to most."""
+class Tiles(heads.Chunk):
+    """The rows of one chunk, whose logits are in no buffer: the gradient is."""
+
+    @staticmethod
+    def buffer_for(head, rows, columns, scaled):
+        return head.input.new_empty(rows, columns if scaled else 0, dtype=head.dtype)
+
+    @property
+    def tiles(self):
+        from ssd_core.kernels.tiled import Head
+
+        return Head(self.x, self.head.weight, self.head.bias, self.vocab_start, self.head.scale, self.head.softcap)
+
+    def whole(self, tile, scaled):
+        self.statistics([tile], None)
+        self.row_pass.finish()
+        return self.gradient(tile) if scaled else None
+
+    def statistics(self, tiles, group):
+        self.row_pass.look_at(self.row_pass.rows, self.tiles)
+        if group is not None:
+            self.row_pass.reduce(group, 0)
+
+    def gradient(self, tile, scaled=True, grad_filter=None):
+        grad = self.buffer[: len(self.x), : tile.stop - tile.start]
+        self.row_pass.write_slope(self.row_pass.rows, self.tiles, tile, grad)
+        return grad
+
+
+# -- what ranks, or spans of the vocabulary, have seen: ``over(tensor, how)`` is the sum or maximum over them
+
+
+def _over_spans(tensor, how):
+    """Of the last axes (S, R) it leaves R."""
+    return tensor.sum(-2) if how == "sum" else tensor.amax(-2)
+
+
+def _reduced_sums(top, sums, over):
+    """The maximum, and sums (n, R) of exponentials relative to it."""
+    most, shift = _largest(top, over)
+    return most, over(sums * torch.exp(top - shift), "sum")
+
+
+def _reduced_below(below, weight, top, most, over):
+    """sum_j a_j (max - z_j) and sum_j a_j, whose maximum rose from top to most."""
     rise = torch.where(top == -torch.inf, 0, most - top)
-    return groups.all_reduce(torch.stack((below + weight * rise, weight)), "sum", group)
+    return over(torch.stack((below + weight * rise, weight)), "sum")
 
 
-def _largest(top, group):
-    """The maximum over the ranks, and what exponents are relative to: 0 where there are none but -inf."""
-    most = groups.all_reduce(top.clone(), "max", group)
+def _largest(top, over):
+    """The maximum, and what exponents are relative to: 0 where there are none but -inf."""
+    most = over(top, "max")
     return most, most.masked_fill(most == -torch.inf, 0)
 
 
-def _owned(values, group):
+def _owned(values, over):
     """Of the rank that has one; NaN where none has."""
     mine = ~values.isnan()
-    total = groups.all_reduce(values.masked_fill(~mine, 0), "sum", group)
-    return total.masked_fill(groups.all_reduce(mine.to(values.dtype), "sum", group) == 0, torch.nan)
+    total = over(values.masked_fill(~mine, 0), "sum")
+    return total.masked_fill(over(mine.to(values.dtype), "sum") == 0, torch.nan)
 
 
 def _head(input, weight, bias, logit_scale, softcap, dtype, chunks):
+    bias = None if bias is None else bias.contiguous()          # kernels add it
     return heads.Head(input, weight, bias, logit_scale, softcap, dtype, chunks.columns, wide=True)
 
 
@@ -153,6 +216,8 @@ def linear_cross_entropy(
     keep_float32, dtype, logit_scale, softcap, temperature, vocab, vocab_start, group, grad_filter, grad_filter_weight,
     one_sign, vocab_order, **options,
 ):
+    from ssd_core.kernels.tiled import slope_cross_entropy
+
     head, filtered = _head(input, linear_weight, linear_bias, logit_scale, softcap, dtype, chunks), None
     if grad_filter or grad_filter_weight:
         order = filters.default_order(head, rows, temperature, chunks) if vocab_order is None else vocab_order
@@ -163,10 +228,18 @@ def linear_cross_entropy(
         ids = filtered.places(ids.long())
     make = _cross_entropy_rows(
         ids, probs, dense, class_weight, label_weight, temperature=temperature, vocab=vocab, **options)
+    tiled = chunks.route == "tiled" and dense is None
+
+    def make_pass(index, part):
+        found = make(index, _taken(row_scale, part))
+        if tiled:
+            return TiledPass(found, _reduce_cross_entropy, _look_cross_entropy, slope_cross_entropy)
+        return KernelPass(found, _reduce_cross_entropy)
+
     results, *grads = heads.run(
-        head, lambda index, part: KernelPass(make(index, _taken(row_scale, part)), _reduce_cross_entropy), rows,
-        scaled=row_scale is not None, needs=needs, chunks=chunks, keep_float32=keep_float32, group=group,
-        vocab_start=vocab_start, grad_filter=filtered)
+        head, make_pass, rows, scaled=row_scale is not None and any(needs), needs=needs, chunks=chunks,
+        keep_float32=keep_float32, group=group, vocab_start=vocab_start, grad_filter=filtered,
+        kind=Tiles if tiled else heads.Chunk)
     return *results, None if filtered is None else filtered.certificate(), *grads
 
 
@@ -207,14 +280,24 @@ def cross_entropy(
     return *found.results, grad
 
 
-def _reduce_cross_entropy(rows, group, step) -> None:
-    top, total, peak, below, weight, plain, plain_weight = rows.state[:, :7].unbind(-1)
-    most, total = _reduced_sums(top, total, group)
-    highest, _ = _largest(peak, group)
-    sums = [*_reduced_below(below, weight, peak, highest, group),
-            *_reduced_below(plain, plain_weight, peak, highest, group)]
-    rows.state = torch.cat(
-        (torch.stack((most, total, highest, *sums), -1), _owned(rows.state[:, 7:], group)), -1)
+def _reduce_cross_entropy(rows, over, step) -> None:
+    rows.state = torch.cat((_cross_entropy_sums(rows.state[:, :7], over), _owned(rows.state[:, 7:], over)), -1)
+
+
+def _cross_entropy_sums(state, over):
+    top, total, peak, below, weight, plain, plain_weight = state.unbind(-1)
+    most, total = _reduced_sums(top, total, over)
+    highest, _ = _largest(peak, over)
+    sums = [*_reduced_below(below, weight, peak, highest, over),
+            *_reduced_below(plain, plain_weight, peak, highest, over)]
+    return torch.stack((most, total, highest, *sums), -1)
+
+
+def _look_cross_entropy(rows, tiles) -> None:
+    from ssd_core.kernels.tiled import look_cross_entropy
+
+    state, targets = look_cross_entropy(rows, tiles)
+    rows.state = torch.cat((_cross_entropy_sums(state, _over_spans), targets), -1)
 
 
 # -- log-probability
@@ -230,13 +313,19 @@ def linear_logprob(
     input, linear_weight, linear_bias, ids, rows, *, row_scale, needs, chunks, keep_float32, dtype, logit_scale,
     softcap, temperature, vocab_start, group,
 ):
+    from ssd_core.kernels.tiled import slope_logprob
+
+    tiled = chunks.route == "tiled"
+
     def make_pass(index, part):
-        return KernelPass(_logprob_rows(ids, index, _taken(row_scale, part), temperature), _reduce_logprob)
+        found = _logprob_rows(ids, index, _taken(row_scale, part), temperature)
+        return TiledPass(found, _reduce_logprob, _look_logprob, slope_logprob) if tiled else KernelPass(
+            found, _reduce_logprob)
 
     results, *grads = heads.run(
         _head(input, linear_weight, linear_bias, logit_scale, softcap, dtype, chunks), make_pass, rows,
-        scaled=row_scale is not None, needs=needs, chunks=chunks, keep_float32=keep_float32, group=group,
-        vocab_start=vocab_start)
+        scaled=row_scale is not None and any(needs), needs=needs, chunks=chunks, keep_float32=keep_float32,
+        group=group, vocab_start=vocab_start, kind=Tiles if tiled else heads.Chunk)
     return *results, *grads
 
 
@@ -246,14 +335,21 @@ def logprob(logits, ids, rows, *, row_scale, logit_scale, softcap, temperature):
     return *found.results, grad
 
 
-def _reduce_logprob(rows, group, step) -> None:
+def _reduce_logprob(rows, over, step) -> None:
     top, total, below, z_y, argmax = rows.state.unbind(-1)
-    most = groups.all_reduce(top.clone(), "max", group)
+    most = over(top, "max")
     rise = torch.where(top == -torch.inf, 0, most - top)
-    sums = groups.all_reduce(torch.stack((total, below - rise * total)) * torch.exp(-rise), "sum", group)
-    # the lowest id of the ranks that have the maximum
-    lowest = groups.all_reduce(torch.where(top == most, -argmax, -torch.inf), "max", group)
-    rows.state = torch.stack((most, *sums, _owned(z_y, group), -lowest), -1)
+    sums = over(torch.stack((total, below - rise * total)) * torch.exp(-rise), "sum")
+    # the lowest id of those that have the maximum, or of all if there is none but NaN
+    lowest = over(torch.where(top < most, -torch.inf, -argmax), "max")
+    rows.state = torch.stack((most, *sums, _owned(z_y, over), -lowest), -1)
+
+
+def _look_logprob(rows, tiles) -> None:
+    from ssd_core.kernels.tiled import look_logprob
+
+    rows.state = look_logprob(rows, tiles)
+    _reduce_logprob(rows, _over_spans, 0)
 
 
 # -- distillation
@@ -349,29 +445,29 @@ def distill(
     return *found.results, grad
 
 
-def _reduce_sparse_distill(rows, group, step) -> None:
+def _reduce_sparse_distill(rows, over, step) -> None:
     state = rows.state.clone()
-    _reduce_student(state, rows.state, group)
-    state[:, 11:] = _owned(rows.state[:, 11:], group)
+    _reduce_student(state, rows.state, over)
+    state[:, 11:] = _owned(rows.state[:, 11:], over)
     rows.state = state
 
 
-def _reduce_dense_distill(rows, group, step) -> None:
+def _reduce_dense_distill(rows, over, step) -> None:
     state = rows.state.clone()
     if step == 0:
-        _reduce_student(state, rows.state, group)
-        state[:, 7], state[:, 8] = _reduced_sums(rows.state[:, 7], rows.state[:, 8], group)
+        _reduce_student(state, rows.state, over)
+        state[:, 7], state[:, 8] = _reduced_sums(rows.state[:, 7], rows.state[:, 8], over)
     else:
-        state[:, 9:11] = groups.all_reduce(rows.state[:, 9:11].clone(), "sum", group)
+        state[:, 9:11] = over(rows.state[:, 9:11], "sum")
     rows.state = state
 
 
-def _reduce_student(state, mine, group) -> None:
+def _reduce_student(state, mine, over) -> None:
     """Of the student, and of the cross-entropy that goes with it."""
-    state[:, 0], state[:, 1] = _reduced_sums(mine[:, 0], mine[:, 1], group)
-    state[:, 2], state[:, 3] = _reduced_sums(mine[:, 2], mine[:, 3], group)
-    state[:, 4] = _owned(mine[:, 4], group)
-    state[:, 5], state[:, 6] = _reduced_below(mine[:, 5], mine[:, 6], mine[:, 2], state[:, 2], group)
+    state[:, 0], state[:, 1] = _reduced_sums(mine[:, 0], mine[:, 1], over)
+    state[:, 2], state[:, 3] = _reduced_sums(mine[:, 2], mine[:, 3], over)
+    state[:, 4] = _owned(mine[:, 4], over)
+    state[:, 5], state[:, 6] = _reduced_below(mine[:, 5], mine[:, 6], mine[:, 2], state[:, 2], over)
 
 
 # -- sampling

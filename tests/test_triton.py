@@ -42,6 +42,106 @@ def test_the_shared_suite_in_the_interpreter(choice):
     run_tests(files=["tests/ops", "tests/test_known_bugs.py"], choice=choice, TRITON_INTERPRET="1")
 
 
+HEADS = "(linear_cross_entropy or linear_logprob)"
+
+
+def test_the_tiled_route_in_the_interpreter():
+    run_tests("--maxfail=1", files=["tests/ops/test_every_op.py"],
+              choice=f"triton and float32 and results_and_gradients and {HEADS} and not hard", TRITON_INTERPRET="1",
+              SSD_CORE_ROUTE="tiled")
+
+
+@pytest.mark.all
+@pytest.mark.parametrize(("files", "choice"), [
+    (["tests/ops/test_linear_cross_entropy.py", "tests/ops/test_linear_logprob.py"], "triton and not float16"),
+    (["tests/ops/test_every_op.py", "tests/ops/test_process_group.py"], f"triton and not float16 and {HEADS}"),
+    (["tests/ops"], f"triton and float16 and {HEADS} and (results_and_gradients or autocast or any_chunks)")])
+def test_the_shared_suite_by_the_tiled_route(files, choice):
+    run_tests(files=files, choice=choice, TRITON_INTERPRET="1", SSD_CORE_ROUTE="tiled")
+
+
+TILED = """
+import sys
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ssd_core import SparseTarget, linear_cross_entropy, linear_logprob, plan, triton
+from ssd_core.kernels import tiled
+
+def problem(n, d, v, dtype=torch.float32):
+    g = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(size, d, generator=g).to(dtype) for size in (n, v))
+    ids = torch.randint(v, (n, 3), generator=g)
+    return x, w, SparseTarget(ids, torch.rand(n, 3, generator=g))
+
+def gradients(x, w, target):
+    x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
+    loss = linear_cross_entropy(x, w, target, tail="bucket", backend="triton", softcap=3.0)
+    found = linear_logprob(x, w, target.ids[:, 0], backend="triton")
+    return [loss.detach(), *found, *torch.autograd.grad(loss + (found.logprob - found.entropy).sum(), (x, w))]
+"""
+
+
+def by_tiles(code):
+    return interpreted(f'import os\nos.environ["SSD_CORE_ROUTE"] = "tiled"\n{TILED}\n{code}')
+
+
+def test_tiles_by_descriptors_and_by_pointers_are_the_same():
+    """And the same bits on every call. What is not aligned has no descriptor."""
+    assert by_tiles("""
+made = []
+make = tiled.TensorDescriptor.from_tensor
+tiled.TensorDescriptor.from_tensor = lambda *given: made.append(given) or make(*given)
+x, w, target = problem(17, 20, 70)
+true = gradients(x, w, target)
+assert len(made) == 10, len(made)           # two looks and a look again, two slopes: of each, x and weight
+assert all(map(torch.equal, gradients(x, w, target), true))
+apart = torch.zeros(17, 21)[:, :20].copy_(x)
+made.clear()
+assert all(map(torch.allclose, gradients(apart, w, target), true)) and not made
+tiled.has_tensor_memory_accelerator = lambda device: False
+assert all(map(torch.equal, gradients(x, w, target), true)) and not made
+print("right")
+""") == "right"
+
+
+def test_no_logits_are_in_memory_and_the_workspace_is_kept():
+    """All that a call makes, freed or not, is within the budget beyond what it returns; logits alone would not be."""
+    assert by_tiles("""
+class Made(TorchDispatchMode):
+    sizes = ()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        given = {arg.untyped_storage().data_ptr() for arg in args if isinstance(arg, torch.Tensor)}
+        if isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() not in given:
+            self.sizes += (out.numel() * out.element_size(),)
+        return out
+
+n, d, v = 48, 16, 1000
+x, w, target = problem(n, d, v)
+plan.SPAN, budget = 128, 90_000
+for scaled in (False, True):
+    demand = plan.Demand(n, d, v, 3, x.dtype, x.device, scaled=scaled)
+    demand = plan.dataclasses.replace(demand, **triton.tiled_bytes(demand))
+    chunks = plan.plan_chunks(demand, budget)
+    assert chunks.route == "tiled" and chunks.rows == n and (chunks.tile < v) == scaled, chunks
+    with Made() as made:
+        *_, d_input, d_weight, d_bias = triton.linear_cross_entropy(
+            x, w, None, target.ids, target.probs, None, None, class_weight=None, label_weight=None,
+            row_scale=torch.ones(n) if scaled else None, needs=[scaled, scaled, False], chunks=chunks,
+            keep_float32=False, dtype=x.dtype, logit_scale=1.0, softcap=0.0, temperature=1.0, vocab=v, vocab_start=0,
+            group=None, grad_filter=0.0, grad_filter_weight=0.0, vocab_order=None, label_smoothing=0.0, z_loss=0.0,
+            bucket=False)
+    assert max(made.sizes) < n * v * 4 / 2, made.sizes
+    spans = -(-v // chunks.tile)
+    returned = (n + v) * d * 4 if scaled else 0
+    assert sum(made.sizes) - returned - (2 * spans - 2) * n * d * 4 * scaled <= budget, (made.sizes, budget)
+print("right")
+""") == "right"
+
+
 # -- who is served ----------------------------------------------------------------------------------------------------
 
 
@@ -95,9 +195,25 @@ OF_A_PRODUCT, WIDE_PRODUCT = 224, 512      # half of which are sums; on CDNA one
 SHARED_OF_A_PRODUCT = 72 << 10
 
 
+# of tiles: bytes of shared memory that a program may have, and what copies by descriptors
+CHIP_SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+
+
+def check_tiles(one):
+    """They fill a chip's registers and its shared memory, and nothing more."""
+    assert one.spills == 0 and one.registers <= 255, one
+    assert one.shared <= CHIP_SHARED[one.target], one
+    no_matrices = ("ieee" in one.variant and one.target != "gfx942") or "targets" in one.variant
+    assert (one.products == 0) if no_matrices else (one.products > 0), one
+    assert (one.copies > 0) == ("descriptors" in one.variant), one
+
+
 def check_resources(found):
     assert found
     for one in found:
+        if one.variant.startswith("tiled"):
+            check_tiles(one)
+            continue
         assert one.spills == 0, one
         product = one.variant.startswith("filter, d_")
         wide = "gfx" in one.target
@@ -107,13 +223,14 @@ def check_resources(found):
         assert one.shared <= (SHARED_OF_A_PRODUCT if product else SHARED), one
         assert one.load_bits == 128, one
         if product:         # exact ones of float32 only CDNA's matrix units have
-            assert one.matrix == ("float32" not in one.variant or wide), one
+            assert (one.products > 0) == ("float32" not in one.variant or wide), one
 
 
 def test_a_kernel_compiles_for_hopper():
     from ssd_core.bench.resources import VARIANTS, compiled
 
-    check_resources([compiled(VARIANTS[0], "sm_90")])
+    tiles = next(variant for variant in VARIANTS if "descriptors" in variant.name)
+    check_resources([compiled(variant, "sm_90") for variant in (VARIANTS[0], tiles)])
 
 
 @pytest.mark.all
@@ -121,7 +238,7 @@ def test_all_kernels_compile_for_all_targets():
     from ssd_core.bench.resources import TARGETS, VARIANTS, everything
 
     found = list(everything())
-    assert len(found) == len(TARGETS) * len(VARIANTS)
+    assert len(found) == sum(target in variant.targets for variant in VARIANTS for target in TARGETS)
     check_resources(found)
 
 

@@ -84,60 +84,16 @@ class Head(NamedTuple):
         return capped(u, bias, self.scale, self.softcap)
 
 
-def run(
-    head: Head, make_pass: Callable, rows, *, scaled: bool, needs, chunks, keep_float32: bool = False, group=None,
-    vocab_start: int = 0, extent: int = 0, grad_filter=None,
-):
-    """``(results (n, M), d_input, d_weight, d_bias)``, the results those of the row passes over M tokens.
-
-    ``rows`` (M,) int64 names the tokens that count, or None for all N: the others meet no product.
-    ``make_pass(index, part)`` is the row pass of tokens ``index``, which are ``part`` of the M. ``scaled``: whether
-    gradients are wanted at all; then of input, weight and bias as ``needs`` says, those of weight and bias left in
-    float32 by ``keep_float32``. ``chunks`` is a ``plan.ChunkPlan``; ``extent`` counts the columns that the pass looks
-    at, if there are more than V. ``grad_filter`` is a ``GradFilter``, for chunks that hold all columns.
-    """
-    count = head.input.shape[0] if rows is None else rows.shape[0]
-    vocab = head.weight.shape[0]
-    columns = max(vocab, extent)
-    tiles = [slice(first, min(first + chunks.tile, columns)) for first in range(0, columns, chunks.tile)]
-    gradients = Gradients(
-        head, needs if scaled else (False, False, False), chunks, one_chunk=0 < count <= chunks.rows,
-        keep_float32=keep_float32, summed=group is not None or grad_filter is not None)
-    buffer = head.input.new_empty(min(chunks.rows, count), min(chunks.tile, vocab), dtype=head.output_dtype)
-    results = [make_pass(slice(0, 0), slice(0, 0)).results] if count == 0 else []
-    for start in range(0, count, chunks.rows):
-        part = slice(start, min(start + chunks.rows, count))
-        index = part if rows is None else rows[part]
-        x = head.input[index].to(head.dtype)
-        row_pass = make_pass(index, part)
-        chunk = _Chunk(head, row_pass, x, buffer, vocab_start)
-        if len(tiles) == 1 and group is None and grad_filter is None:
-            grad = chunk.whole(tiles[0], scaled)
-            if scaled:
-                gradients.add(x, grad, tiles[0])
-        else:
-            chunk.statistics(tiles, group)
-            row_pass.finish()
-            if grad_filter is not None:
-                grad_filter.open_chunk(part, row_pass)
-                grad = chunk.gradient(tiles[0], scaled, grad_filter)
-                grad_filter.add(gradients, x, grad, scaled)
-            elif scaled:
-                for tile in tiles:
-                    gradients.add(x, chunk.gradient(tile), tile)
-        gradients.end_chunk(index)
-        results.append(row_pass.results)
-    if grad_filter is not None and scaled:
-        grad_filter.close(gradients, rows)
-    return torch.cat(results, -1), *gradients.close(group)
-
-
-class _Chunk:
+class Chunk:
     """The rows of one chunk: raw outputs in a buffer, where the gradient takes their place."""
 
     def __init__(self, head, row_pass, x, buffer, vocab_start):
         self.head, self.row_pass, self.x, self.buffer, self.vocab_start = head, row_pass, x, buffer, vocab_start
         self.held = None        # the tile whose outputs are in the buffer
+
+    @staticmethod
+    def buffer_for(head, rows: int, columns: int, scaled: bool) -> torch.Tensor:
+        return head.input.new_empty(rows, columns, dtype=head.output_dtype)
 
     def outputs(self, tile: slice):
         """u of the tile; of columns beyond V, which only a teacher has, there are none."""
@@ -165,6 +121,55 @@ class _Chunk:
         grad = self.row_pass.slope(self.head, self.outputs(tile), tile, first, scaled, grad_filter)
         self.held = None
         return grad
+
+
+def run(
+    head: Head, make_pass: Callable, rows, *, scaled: bool, needs, chunks, keep_float32: bool = False, group=None,
+    vocab_start: int = 0, extent: int = 0, grad_filter=None, kind: type[Chunk] = Chunk,
+):
+    """``(results (n, M), d_input, d_weight, d_bias)``, the results those of the row passes over M tokens.
+
+    ``rows`` (M,) int64 names the tokens that count, or None for all N: the others meet no product.
+    ``make_pass(index, part)`` is the row pass of tokens ``index``, which are ``part`` of the M. ``scaled``: whether
+    gradients are wanted at all; then of input, weight and bias as ``needs`` says, those of weight and bias left in
+    float32 by ``keep_float32``. ``chunks`` is a ``plan.ChunkPlan``; ``extent`` counts the columns that the pass looks
+    at, if there are more than V. ``grad_filter`` is a ``GradFilter``, for chunks that hold all columns, and ``kind``
+    makes the chunks.
+    """
+    count = head.input.shape[0] if rows is None else rows.shape[0]
+    vocab = head.weight.shape[0]
+    columns = max(vocab, extent)
+    tiles = [slice(first, min(first + chunks.tile, columns)) for first in range(0, columns, chunks.tile)]
+    gradients = Gradients(
+        head, needs if scaled else (False, False, False), chunks, one_chunk=0 < count <= chunks.rows,
+        keep_float32=keep_float32, summed=group is not None or grad_filter is not None)
+    buffer = kind.buffer_for(head, min(chunks.rows, count), min(chunks.tile, vocab), scaled)
+    results = [make_pass(slice(0, 0), slice(0, 0)).results] if count == 0 else []
+    for start in range(0, count, chunks.rows):
+        part = slice(start, min(start + chunks.rows, count))
+        index = part if rows is None else rows[part]
+        x = head.input[index].to(head.dtype)
+        row_pass = make_pass(index, part)
+        chunk = kind(head, row_pass, x, buffer, vocab_start)
+        if len(tiles) == 1 and group is None and grad_filter is None:
+            grad = chunk.whole(tiles[0], scaled)
+            if scaled:
+                gradients.add(x, grad, tiles[0])
+        else:
+            chunk.statistics(tiles, group)
+            row_pass.finish()
+            if grad_filter is not None:
+                grad_filter.open_chunk(part, row_pass)
+                grad = chunk.gradient(tiles[0], scaled, grad_filter)
+                grad_filter.add(gradients, x, grad, scaled)
+            elif scaled:
+                for tile in tiles:
+                    gradients.add(x, chunk.gradient(tile), tile)
+        gradients.end_chunk(index)
+        results.append(row_pass.results)
+    if grad_filter is not None and scaled:
+        grad_filter.close(gradients, rows)
+    return torch.cat(results, -1), *gradients.close(group)
 
 
 class Gradients:
@@ -201,7 +206,7 @@ class Gradients:
 
         Of few rows, libraries add up all terms in one running float32 sum, which at V = 262,144 costs two digits: sums
         over blocks of the vocabulary, added up, do not. (``addmm`` onto ``rows`` would go on with the running sum.)
-        One product of 16-bit numbers is rounded once; several are added up in float32.
+        One product of 16-bit numbers is rounded once; several are added up in float32, rounded or (``wide``) not.
         """
         if self.input is None:
             return
@@ -212,7 +217,11 @@ class Gradients:
             self.rows = grad.new_zeros(len(grad), head.weight.shape[1], dtype=self.wide)
         for start in range(0, columns, length):
             stop = min(start + length, columns)
-            product = grad[:, start:stop] @ head.rows(slice(tile.start + start, tile.start + stop))
+            weight = head.rows(slice(tile.start + start, tile.start + stop))
+            if head.wide and self.rows is not None and grad.dtype != self.wide:
+                wide_product(grad[:, start:stop], weight, out=self.rows, add=True)
+                continue
+            product = grad[:, start:stop] @ weight
             self.rows = product if self.rows is None else self.rows.add_(product)
 
     def add_weight(self, x, grad, tile: slice) -> None:

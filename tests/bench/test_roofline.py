@@ -5,6 +5,8 @@ from ssd_core.bench.cases import Head
 from ssd_core.bench.roofline import CHIPS, WORK, Chip, predict, product
 from ssd_core.bench.verdict import TARGETS
 
+from ssd_core.plan import TILED
+
 CHIP = Chip("chip", flops=1e12, bandwidth=1e9, source="")
 
 
@@ -24,6 +26,16 @@ def test_a_larger_workspace_costs_less():
     small, large = (predict("linear_cross_entropy", "", head, CHIPS[0], 8192, mib << 20) for mib in (64, 8192))
     assert small.floor == large.floor == 6 * 8192 * 128256 * 256 / CHIPS[0].flops
     assert 1 < large.over_floor < small.over_floor
+
+
+def test_the_tiled_route_computes_logits_twice_and_moves_none():
+    """At a large workspace three products' floor becomes two of the library's and two of ours; a small workspace costs
+    it next to nothing, where chunks cost a pass over d_weight each."""
+    head = Head(128256, 4096)
+    small, large = (predict("linear_cross_entropy", "", head, CHIPS[0], 8192, mib << 20) for mib in (64, 8192))
+    assert large.tiled / large.floor == pytest.approx((2 + 2 * TILED[2]) / 3, rel=0.01)
+    assert small.tiled < 1.05 * large.tiled and small.seconds > 1.5 * large.seconds
+    assert predict("softmax", "", head, CHIPS[0], 8192, 1 << 30).tiled is None
 
 
 def test_programs_side_by_side():

@@ -30,6 +30,7 @@ from ssd_core.reference.softmax import softmax as define_softmax
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"     # a hundred times slower
 TOKENS = 13 if INTERPRETED else 131
+ROUTE = os.environ.get("SSD_CORE_ROUTE", "chunked")         # of backend "triton"
 VOCABULARIES = [1, 7, 50257, 128256, 151936, 262144]
 
 
@@ -409,5 +410,5 @@ def flops(function):
 def planned(monkeypatch, name, rows, columns, tile):
     """Calls of a ``linear_*`` op work on chunks of these sizes."""
     with monkeypatch.context() as patch:
-        patch.setattr(f"ssd_core.ops.{name}.plan_chunks", lambda *_: ChunkPlan(rows, columns, tile))
+        patch.setattr(f"ssd_core.ops.{name}.plan_chunks", lambda *_: ChunkPlan(rows, columns, tile, route=ROUTE))
         yield

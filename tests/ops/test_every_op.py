@@ -8,6 +8,7 @@ from suite import (
     DTYPES,
     INTERPRETED,
     OPS,
+    ROUTE,
     TOKENS,
     VOCABULARIES,
     Taught,
@@ -130,6 +131,15 @@ def test_vocabulary_sizes(op, backend, vocab):
              upstream=upstream, seeds=2 if vocab > 100 else 40)
 
 
+@every(linear)
+@pytest.mark.parametrize("sizes", [(15, 33, 65), (16, 16, 64), (17, 5, 127), (1, 1, 129)], ids=str)
+def test_edges_of_tiles(op, backend, sizes):
+    """Of tokens, hidden states and vocabulary: a kernel's smallest tiles are 16 x 16 x 64."""
+    n, d, v = sizes
+    check_op(op, backend, torch.float32, op.draw(n=n, d=d, v=v, ignored=0), upstream=upstream_of(op, n, v), seeds=3,
+             **each_token(op))
+
+
 @every(linear, dtypes=DTYPES)
 @pytest.mark.parametrize("plan", [(7, 64, 601), (TOKENS, 601, 100), (11, 33, 97)], ids=str)
 def test_any_chunks(op, backend, dtype, plan, monkeypatch):
@@ -163,8 +173,8 @@ def test_chunks_and_blocks_change_nothing_but_rounding(op, backend, monkeypatch)
 @every(linear)
 def test_the_least_workspace_that_an_error_names_is_enough(op, backend):
     problem = op.draw(n=3, v=40)(1)
-    with pytest.raises(ValueError, match=r"workspace_bytes: expected at least \d+ for \d+ logits, got 1000") as caught:
-        run(op, backend, problem, workspace_bytes=1000)
+    with pytest.raises(ValueError, match=r"workspace_bytes: expected at least \d+ for \d+ logits, got 500") as caught:
+        run(op, backend, problem, workspace_bytes=500)
     least = int(str(caught.value).split("at least ")[1].split()[0])
     same(run(op, backend, problem, workspace_bytes=least), run(op, backend, problem))
 
@@ -181,7 +191,7 @@ def test_a_small_workspace_means_tiles(op, backend, monkeypatch):
 
     monkeypatch.setattr(module, planning)
     problem, small = op.draw(n=200, v=2500)(0), 5_900_000 if "distill" in op.name else 3_700_000
-    small = small * 2 // 5 if backend == "cpu" else small
+    small = small * 2 // 5 if backend == "cpu" else small // 3 if backend == "triton" and ROUTE == "tiled" else small
     true, found = (run(op, backend, problem, workspace_bytes=budget) for budget in (None, small))
     assert plans[0].rows >= counts(problem[-1]).sum() and plans[0].tile == 2500
     assert plans[-1].rows < counts(problem[-1]).sum() or plans[-1].tile < 2500

@@ -255,6 +255,16 @@ def test_results_do_not_depend_on_the_chunk_size(backend, dtype, reduction, monk
             assert error(a, e) <= 4 * torch.finfo(dtype).eps
 
 
+@each_case
+def test_a_strided_bias(backend, dtype):
+    """Of 16 bits it is added elsewhere than of 32: see test_strided_inputs."""
+    x, w, b, y = problem(dtype=dtype)
+    apart = b.detach().repeat_interleave(2)[::2]
+    assert not apart.is_contiguous()
+    true, found = (linear_cross_entropy(x, w, y, linear_bias=bias, backend=backend) for bias in (b, apart))
+    assert torch.equal(found, true)
+
+
 # -- autograd ---------------------------------------------------------------------------------------------------------
 
 

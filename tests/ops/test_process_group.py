@@ -213,7 +213,8 @@ def worker(rank, world, folder):
     def planning(demand, workspace):
         if backend == "triton":
             columns = 97 if "tiles" in name else demand.vocab
-            return plan.ChunkPlan(3 if workspace else demand.tokens, 64, columns)
+            route = os.environ.get("SSD_CORE_ROUTE", "chunked")
+            return plan.ChunkPlan(3 if workspace else demand.tokens, 64, columns, route=route)
         if demand.held is None or workspace is None or name == "refused":
             plans.append(plan_chunks(demand, workspace))
             return plans[-1]

@@ -132,7 +132,7 @@ def test_plans_keep_to_the_budget_or_say_what_is_needed(demand, workspace):
         least = int(re.search(r"expected at least (\d+) for ", str(refusal))[1])
         assert str(refusal).endswith(f"got {budget}") and least > budget
         return
-    assert 1 <= plan.rows <= max(1, demand.tokens)
+    assert plan.route == "chunked" and 1 <= plan.rows <= max(1, demand.tokens)
     assert 1 <= plan.tile <= demand.vocab and 1 <= plan.columns <= demand.vocab
     if demand.filtered:
         assert plan.tile == demand.vocab
@@ -177,6 +177,57 @@ def test_defaults_by_device():
                  for kind in ("cpu", "cuda"))
     assert cpu == plan_chunks(Demand(10**6, 64, 49152, 1, torch.float32, torch.device("cpu")), 64 * MIB)
     assert cuda.rows * cuda.tile > 4 * cpu.rows * cpu.tile
+
+
+# of backend "triton", whose kernels look at float32 logits where they are, or where they are computed
+ROUTES = dataclasses.replace(
+    SMALL, tokens=8192, hidden=4096, vocab=131072, dtype=torch.bfloat16, device=torch.device("cuda"), buffers=0,
+    wide_logits=True, tiled=lambda rows: 56 * min(rows * 1024, 131072 + rows))
+TIGHT = dataclasses.replace(ROUTES, vocab=262144)
+
+
+@pytest.mark.parametrize(("demand", "workspace", "route"), [
+    (ROUTES, 4096 * MIB, "chunked"),                                            # three products, and all logits at once
+    (TIGHT, 512 * MIB, "tiled"),                                                # 512 rows: d_weight is added up often
+    (dataclasses.replace(TIGHT, d_weight=False), 512 * MIB, "chunked"),         # of a frozen head it is not
+    (dataclasses.replace(ROUTES, scaled=False), 4096 * MIB, "tiled"),           # one product, and no logits are moved
+    (dataclasses.replace(ROUTES, hidden=576), 4096 * MIB, "tiled"),             # moving them costs more than computing
+    (dataclasses.replace(ROUTES, dtype=torch.float32), 4096 * MIB, "chunked"),  # which without tensor cores is slow
+    (dataclasses.replace(ROUTES, tiled=None, hidden=576), 4096 * MIB, "chunked")])
+def test_the_cheaper_of_two_routes(demand, workspace, route, monkeypatch):
+    monkeypatch.delenv("SSD_CORE_ROUTE", raising=False)
+    assert plan_chunks(demand, workspace).route == route
+    for named in plans.ROUTES:
+        monkeypatch.setenv("SSD_CORE_ROUTE", named)
+        assert plan_chunks(demand, workspace).route == (named if demand.tiled else "chunked")
+
+
+def test_a_route_that_is_none_is_refused(monkeypatch):
+    monkeypatch.setenv("SSD_CORE_ROUTE", "tile")
+    with pytest.raises(ValueError, match="SSD_CORE_ROUTE: expected 'chunked' or 'tiled', got 'tile'"):
+        plan_chunks(ROUTES, None)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(demands, st.sampled_from([None, 1000, 4 * MIB, 64 * MIB, 512 * MIB]), st.booleans())
+def test_tiled_plans_keep_to_the_budget_or_say_what_is_needed(demand, workspace, scaled):
+    demand = dataclasses.replace(
+        demand, filtered=False, buffers=0, logits=1, wide_logits=True, tiled=ROUTES.tiled, scaled=scaled)
+    budget = workspace or plans.DEFAULT_WORKSPACE.get(demand.device.type, plans.ACCELERATOR_WORKSPACE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SSD_CORE_ROUTE", "tiled")
+        try:
+            plan = plan_chunks(demand, workspace)
+        except ValueError as refusal:
+            least = int(re.search(r"expected at least (\d+) for ", str(refusal))[1])
+            assert least > budget and plan_chunks(demand, 2 * least).rows >= 1
+            return
+    assert plan.route == "tiled" and 1 <= plan.rows <= max(1, demand.tokens) and 1 <= plan.tile <= demand.vocab
+    lean = dataclasses.replace(demand, wide_logits=False)
+    assert taken(lean, plan, budget) - (not scaled) * plan.rows * plan.tile * demand.dtype.itemsize + demand.tiled(
+        plan.rows) <= budget
+    if not scaled:
+        assert plan.tile == demand.vocab
 
 
 def test_a_tile_that_is_wider_than_a_block_is_counted():
