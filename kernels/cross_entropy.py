@@ -80,7 +80,7 @@ def slope_of(z, on, each, shift, on_q, sharp, off_shift, off_slope, BUCKET: tl.c
 @triton.jit
 def _store_masses(masses_ptr, start, columns, q, TILE: tl.constexpr, BLOCK_V: tl.constexpr):
     """The sums of q (BLOCK_V,) over tiles; of a block that is smaller than a tile, there is one."""
-    WIDTH: tl.constexpr = min(TILE, BLOCK_V)
+    WIDTH: tl.constexpr = TILE if TILE < BLOCK_V else BLOCK_V
     tile = start // TILE + tl.arange(0, BLOCK_V // WIDTH)
     mass = tl.sum(tl.reshape(q, [BLOCK_V // WIDTH, WIDTH]), 1)
     tl.store(masses_ptr + tile, mass, mask=tile * TILE < columns)

@@ -247,10 +247,13 @@ class KernelFilter(filters.GradFilter):
     """The gradient filter of kernels, on outputs that come in the vocabulary's order."""
 
     def places(self, ids):
-        """Where this rank's ids are in the order; those of others as they are."""
+        """Where ids are in the order of the rank that has them: supports, which are sorted by it, are the same on all
+        ranks. Ids that nobody has stay as they are."""
         own = ids - self.vocab_start
         mine = (own >= 0) & (own < len(self.order))
-        return torch.where(mine, self.place_of[own.where(mine, 0)] + self.vocab_start, ids)
+        places = torch.where(mine, self.place_of[own.where(mine, 0)] + self.vocab_start, -1)
+        places = groups.all_reduce(places, "max", self.group)
+        return torch.where(places < 0, ids, places)
 
     def select(self) -> None:
         from ssd_core.kernels.grad_filter import FilteredRows
