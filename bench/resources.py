@@ -25,8 +25,8 @@ from ssd_core.checks import UsageError
 HEADING = """# What the compiler makes of the kernels
 
 Triton {triton}, without a GPU: registers of a thread / KiB of shared memory of a program; "descriptors" are those of
-the tensor memory accelerator. A block has columns of a row, or rows, columns and coordinates of a product. `python -P -m
-ssd_core.bench.resources --out bench/RESOURCES.md` writes this table; tests/test_triton.py holds it to limits."""
+the tensor memory accelerator. A block has columns of a row, or rows, columns and coordinates of a product. `python -P
+-m ssd_core.bench.resources --out bench/RESOURCES.md` writes this table; tests/test_triton.py holds it to limits."""
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 PRODUCTS = {"sm_80": r"mma\.sync", "sm_90": r"wgmma\.mma_async", "sm_100": r"tcgen05\.mma",
             "gfx942": r"v_mfma"}
@@ -192,7 +192,8 @@ def _launch(variant: Variant, target: str):
     if variant.launch == "targets":
         return "ids of a row", {}, {"num_warps": 1}
     if variant.launch == "tiles":
-        found = tiles_of(target, torch.float32 if dict(variant.types)["x_ptr"] == "fp32" else torch.bfloat16)
+        dtype = torch.float32 if dict(variant.types)["x_ptr"] == "fp32" else torch.bfloat16
+        found = tiles_of(target, dtype, dict(variant.flags).get("TMA", False))
         sizes = {"BLOCK_N": found.rows, "BLOCK_V": found.columns, "BLOCK_D": found.terms, "GROUP": found.group}
         return "launch.TILES", sizes, {"num_warps": found.warps, "num_stages": found.stages}
     found = configured(variant.launch, target.startswith("gfx"))

@@ -48,11 +48,12 @@ class Tiles:
     items: int = 1024
 
 
-# Of 16-bit operands, by chip family: the largest tile whose float32 sums, and what is made of them, fit the registers.
+# Of 16-bit operands, by chip family: a tile whose float32 sums, and what is made of them, fit the registers.
 TILES = {
     "sm_80": Tiles(128, 128, 32, 4, 8), "sm_90": Tiles(128, 128, 64, 4, 8), "sm_100": Tiles(128, 128, 64, 4, 8),
     "gfx942": Tiles(128, 128, 64, 2, 8)}
-WIDE_TILES = Tiles(64, 64, 32, 2, 8)        # of float32 operands
+POINTER_TILES = Tiles(128, 64, 64, 3, 8)    # of operands without descriptors, where others have them
+WIDE_TILES = Tiles(64, 64, 16, 2, 8)        # of float32 operands
 SMALL_TILES, LARGE_TILES = Tiles(16, 64, 16, 1, 1, 2, 6), Tiles(16, 8192, 64, 1, 1, 2, 6)
 
 # Blocks are as large as leaves two programs a multiprocessor, 128 registers a thread: see bench/resources.py.
@@ -81,17 +82,19 @@ def rows(op: str, columns: int) -> Rows:
     return dataclasses.replace(found, block=min(found.block, max(128, triton.next_power_of_2(max(1, columns)))))
 
 
-def tiles_of(family: str, dtype: torch.dtype) -> Tiles:
-    return TILES[family] if dtype.itemsize == 2 else WIDE_TILES
+def tiles_of(family: str, dtype: torch.dtype, by_descriptor: bool) -> Tiles:
+    if dtype.itemsize > 2:
+        return WIDE_TILES
+    return TILES[family] if by_descriptor or family not in ("sm_90", "sm_100") else POINTER_TILES
 
 
-def tiles(columns: int, dtype: torch.dtype, device: torch.device) -> Tiles:
+def tiles(columns: int, dtype: torch.dtype, device: torch.device, by_descriptor: bool) -> Tiles:
     if INTERPRETED:
         return SMALL_TILES if columns <= 4 * SMALL.block else LARGE_TILES
     if torch.version.hip is not None:
-        return tiles_of("gfx942", dtype)
+        return tiles_of("gfx942", dtype, by_descriptor)
     major, _ = torch.cuda.get_device_capability(device)
-    return tiles_of("sm_80" if major == 8 or major > 10 else f"sm_{major}0", dtype)
+    return tiles_of(f"sm_{major}0" if major in (9, 10) else "sm_80", dtype, by_descriptor)
 
 
 def has_tensor_memory_accelerator(device: torch.device) -> bool:

@@ -247,10 +247,9 @@ def _logprob_look(
         row_tile, span = place_of(item, row_tiles, spans, GROUP)
         i = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
         there, row = i < rows, i.to(tl.int64)
-        y = load_places(ids_ptr, row, there, first_id, columns)
+        at = state_ptr + (span.to(tl.int64) * rows + row) * lp.STATE
 
         top = tl.full([BLOCK_N], -float("inf"), tl.float32)
-        z_y = tl.full([BLOCK_N], float("nan"), tl.float32)      # an id that nobody has
         total = tl.zeros([BLOCK_N], tl.float32)
         below, argmax = total, total
         for block in range(span * blocks // spans, (span + 1) * blocks // spans):
@@ -259,8 +258,9 @@ def _logprob_look(
             u = outputs(x_ptr, x_stride, x_inner, w_ptr, w_stride, w_inner, row_tile * BLOCK_N, column, rows, columns,
                         hidden, TMA, PRECISION, BLOCK_N, BLOCK_V, BLOCK_D)
             z = capped(u, bias_ptr, j, j < columns, scale, softcap, HAS_BIAS, HAS_SOFTCAP) * inverse_temperature
-            met = (y >= column) & (y < column + BLOCK_V)
-            z_y = tl.where(met, tl.sum(tl.where(j == y[:, None], z, 0.0), 1), z_y)
+            y = load_places(ids_ptr, row, there, first_id, columns)
+            z_y = tl.sum(tl.where(j == y[:, None], z, 0.0), 1)
+            tl.store(at + lp.LABEL, z_y, mask=(y >= column) & (y < column + BLOCK_V))
             before = top
             top, rise, shift = highest(top, z)
             lowest = tl.min(tl.where(z == top[:, None], j, columns), 1)         # of those that have the maximum
@@ -271,11 +271,9 @@ def _logprob_look(
             below = (below - rise * total) * fall + tl.sum(tl.where(e > 0, e * z, 0.0), 1)
             total = total * fall + tl.sum(e, 1)
 
-        at = state_ptr + (span.to(tl.int64) * rows + row) * lp.STATE
         tl.store(at + lp.TOP, top, mask=there)
         tl.store(at + lp.TOTAL, total, mask=there)
         tl.store(at + lp.BELOW, below, mask=there)
-        tl.store(at + lp.LABEL, z_y, mask=there)
         tl.store(at + lp.ARGMAX, argmax, mask=there)
 
 
@@ -333,8 +331,13 @@ class Head:
             first_id=self.first_id + columns.start)
 
     @property
+    def by_descriptor(self) -> bool:
+        return (has_tensor_memory_accelerator(self.x.device) and self.x.dtype == self.weight.dtype
+                and _aligned(self.x) and _aligned(self.weight))
+
+    @property
     def tiles(self):
-        return tiles(len(self.weight), self.x.dtype, self.x.device)
+        return tiles(len(self.weight), self.x.dtype, self.x.device, self.by_descriptor)
 
     def spans(self) -> int:
         return spans(len(self.x), len(self.weight), self.tiles)
@@ -342,10 +345,9 @@ class Head:
     def launch(self, kernel, work: int, *arguments, **options) -> None:
         """``work`` items for each tile of rows, by as many programs as fit the chip."""
         (rows, hidden), columns, found = self.x.shape, len(self.weight), self.tiles
-        operands, blocks = (self.x, self.weight), ((found.rows, found.terms), (found.columns, found.terms))
-        by_descriptor = (has_tensor_memory_accelerator(self.x.device) and self.x.dtype == self.weight.dtype
-                         and all(map(_aligned, operands)))
-        given = [(TensorDescriptor.from_tensor(tensor, list(block)) if by_descriptor else tensor, *tensor.stride())
+        operands, blocks = (self.x, self.weight), ([found.rows, found.terms], [found.columns, found.terms])
+        by_descriptor = self.by_descriptor
+        given = [(TensorDescriptor.from_tensor(tensor, block) if by_descriptor else tensor, *tensor.stride())
                  for tensor, block in zip(operands, blocks, strict=True)]
         precise = torch.version.hip is not None or torch.backends.cuda.matmul.fp32_precision != "tf32"
         programs = min(multiprocessors(self.x.device), triton.cdiv(rows, found.rows) * work)
@@ -370,7 +372,7 @@ def spans(rows: int, columns: int, found) -> int:
 
 def state_bytes(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> int:
     """Of all spans, at most."""
-    found = tiles(columns, dtype, device)
+    found = tiles(columns, dtype, device, by_descriptor=False)      # whose tiles are not larger
     return 4 * ce.STATE.value * min(rows * triton.cdiv(columns, found.columns), found.items * found.rows + rows)
 
 
@@ -409,8 +411,9 @@ def _of(rows: ce.CrossEntropyRows) -> dict:
 
 
 def look_logprob(rows: lp.LogprobRows, head: Head):
-    """The state of each span (S, R, STATE)."""
-    state = torch.empty(head.spans(), len(rows.ids), lp.STATE.value, dtype=torch.float32, device=head.x.device)
+    """The state of each span (S, R, STATE); an id's logit is NaN where it is not."""
+    shape = (head.spans(), len(rows.ids), lp.STATE.value)
+    state = torch.full(shape, torch.nan, dtype=torch.float32, device=head.x.device)
     head.launch(_logprob_look, len(state), rows.ids, state, spans=len(state), first_id=head.first_id,
                 inverse_temperature=1 / rows.temperature)
     return state

@@ -122,8 +122,7 @@ def plan_chunks(demand: Demand, workspace_bytes: int | None) -> ChunkPlan:
     if named == "tiled":
         return _plan_tiles(demand, workspace_bytes)
     chunks = _plan_chunks(demand, workspace_bytes)      # which need less at the least
-    least = _bytes_of_tiles(demand, workspace_bytes, 1, min(demand.vocab, NARROWEST))
-    if named == "chunked" or least > workspace_bytes:
+    if named == "chunked" or _least_of_tiles(demand, workspace_bytes) > workspace_bytes:
         return chunks
     return min(chunks, _plan_tiles(demand, workspace_bytes), key=lambda plan: _route_cost(demand, plan))
 
@@ -164,8 +163,7 @@ def _product_columns(demand: Demand, workspace_bytes: int) -> tuple[int, int]:
 def _plan_tiles(demand: Demand, workspace_bytes: int) -> ChunkPlan:
     """The tiled route: all tokens and as many columns of their gradient as fit, or as many tokens as leave room for
     ``SPAN`` of them."""
-    narrowest = min(demand.vocab, NARROWEST)
-    least = _bytes_of_tiles(demand, workspace_bytes, 1, narrowest)
+    narrowest, least = min(demand.vocab, NARROWEST), _least_of_tiles(demand, workspace_bytes)
     expect(least <= workspace_bytes, "workspace_bytes", f"at least {least} for {narrowest} logits", workspace_bytes)
 
     def fit(most, bytes_of):
@@ -180,6 +178,12 @@ def _plan_tiles(demand: Demand, workspace_bytes: int) -> ChunkPlan:
         tile = fit(tile - 1, lambda t: _bytes_of_tiles(demand, workspace_bytes, rows, t))
         tile -= tile % SPAN if tile > SPAN else 0
     return ChunkPlan(rows, _product_columns(demand, workspace_bytes)[0], tile, route="tiled")
+
+
+def _least_of_tiles(demand: Demand, workspace_bytes: int) -> int:
+    """Also for gradients that a later call will want."""
+    return _bytes_of_tiles(
+        dataclasses.replace(demand, scaled=True), workspace_bytes, 1, min(demand.vocab, NARROWEST))
 
 
 def _bytes_of_tiles(demand: Demand, workspace_bytes: int, rows: int, tile: int) -> int:
