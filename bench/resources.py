@@ -49,7 +49,8 @@ def _variant(name, module, function, launch, types=None, **flags):
 WIDE = {"x_ptr": "*fp32", "grad_ptr": "*bf16"}
 CE = ("cross_entropy", "_rows", "cross_entropy")
 SPARSE, DENSE = ("distill", "_sparse_rows", "distill"), ("distill", "_dense_rows", "distill_dense")
-SAMPLE = ("sample", "_rows", "sample", {"keys_ptr": "*i64"})
+LOOK, THRESHOLD, SCORE, DRAW = (("sample", f"_{name}", launch) for name, launch in (
+    ("look", "sample_look"), ("threshold", "sample_threshold"), ("score", "sample_score"), ("draw", "sample")))
 VARIANTS = (
     _variant("cross-entropy, head", *CE, WIDE, HARD=True, NARROWED=True),
     _variant("cross-entropy, bfloat16 logits", *CE, HARD=True),
@@ -68,20 +69,28 @@ VARIANTS = (
              NARROWED=True),
     *(_variant(f"{kind}, dense", *DENSE, {**WIDE, "t_ptr": "*fp32"}, KIND=number, NARROWED=True)
       for number, kind in enumerate(("forward KL", "reverse KL", "JSD"))),
-    _variant("sample, top-k and top-p", *SAMPLE, TOP_K=True, TOP_P=True, MAXIMA=True),
-    _variant("sample, all tokens", *SAMPLE),
-    _variant("sample, greedy", *SAMPLE, GREEDY=True),
+    _variant("sample, look", *LOOK),
+    _variant("sample, look, greedy", *LOOK, GREEDY=True),
+    _variant("sample, threshold of top-p", *THRESHOLD, TOP_P=True),
+    _variant("sample, threshold of top-k and top-p", *THRESHOLD, TOP_K=True, TOP_P=True),
+    _variant("sample, score of all tokens", *SCORE),
+    _variant("sample, score of some tokens", *SCORE, LEAST=True, MIN_P=True),
+    _variant("draw, top-k and top-p", *DRAW, BOUNDED=True, TOP_P=True),
+    _variant("draw, of scores", *DRAW),
+    _variant("draw, greedy", *DRAW, GREEDY=True),
 )
 
 # by argument, where a variant says nothing else
 TYPES = {
     "x_ptr": "*bf16", "grad_ptr": "*bf16", "out_ptr": "*bf16", "d_ptr": "*bf16", "t_ptr": "*bf16", "bias_ptr": "*bf16",
     "t_bias_ptr": "*bf16", "dense_ptr": "*bf16", "tokens_ptr": "*i64", "ids_ptr": "*i64",
-    "labels_ptr": "*i64", "seeds_ptr": "*i64", "positions_ptr": "*i64", "token_ptr": "*i64", "options_ptr": "*fp64"}
-INTEGERS = ("first_token", "columns", "t_columns", "first_id", "vocab", "groups", "top_k")
+    "labels_ptr": "*i64", "seeds_ptr": "*i64", "positions_ptr": "*i64", "token_ptr": "*i64", "options_ptr": "*fp64",
+    "tops_ptr": "*i64", "keys_ptr": "*i64", "least_ptr": "*i64", "order_ptr": "*i32", "scores_ptr": "*fp64",
+    "best_ptr": "*i32", "counts_ptr": "*i32"}
+INTEGERS = ("first_token", "columns", "t_columns", "first_id", "vocab", "groups", "top_k", "parts", "width", "most")
 FLAGS = {"LOOK": True, "FINISH": True, "GRADIENT": True, "TERMS": True, "KIND": 0, "TAIL": 0, "K": 1, "BLOCK_K": 1,
-         "LIMIT": 64, "CAPACITY": 256, "GROUPS": 256, "BLOCK_G": 1024}
-ALIGNED = re.compile(r".*_ptr|.*_stride|columns|t_columns|vocab")       # multiples of 16
+         "LIMIT": 64, "CAPACITY": 256, "SORTED": 1024, "GROUP": 256, "BLOCK_G": 1024, "PARTS": 64}
+ALIGNED = re.compile(r".*_ptr|.*_stride|columns|t_columns|vocab|width")       # multiples of 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,17 +144,18 @@ def compiled(variant: Variant, target: str) -> Resources:
 
 
 def _cuda_usage(cubin: bytes) -> tuple[int, int]:
-    """Registers of a thread and bytes of its stack and local memory, as cuobjdump says."""
+    """Registers of a thread, and bytes of its stack and local memory if it uses them, as cuobjdump says."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], check=True, text=True, capture_output=True).stdout
-    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
-    return int(found["REG"]), int(found["STACK"]) + int(found["LOCAL"])
+        usage, code = (subprocess.run([tool, option, file.name], check=True, text=True, capture_output=True).stdout
+                       for option in ("--dump-resource-usage", "--dump-sass"))
+    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
+    used = re.search(r"\b(LDL|STL)\b", code) is not None       # a frame may be left of what was optimised away
+    return int(found["REG"]), (int(found["STACK"]) + int(found["LOCAL"])) * used
 
 
 def everything(targets=TARGETS, variants=VARIANTS) -> Iterator[Resources]:

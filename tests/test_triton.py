@@ -96,17 +96,18 @@ with tempfile.TemporaryDirectory() as folder:
 REGISTERS = 128         # of a thread: two programs of 8 warps share a multiprocessor
 WIDE_WARPS = 168        # the same on CDNA, of whose 512 a lane three warps then fit
 SHARED = 16 << 10       # bytes of a program
-OF_A_DRAW = 255         # its last part is in float64, and sorts
+OF_A_DRAW = 255         # it sorts 64-bit keys, in float64; one program a row
+ARITHMETIC = ("sample, threshold", "sample, score", "draw")     # more of it than of memory: narrower blocks
 
 
 def check_resources(found):
     assert found
     for one in found:
         assert one.spills == 0, one
-        limit = OF_A_DRAW if one.variant.startswith("sample") else WIDE_WARPS if "gfx" in one.target else REGISTERS
+        limit = OF_A_DRAW if one.variant.startswith("draw") else WIDE_WARPS if "gfx" in one.target else REGISTERS
         assert one.registers <= limit, one
         assert one.shared <= SHARED, one
-        assert one.load_bits == 128, one
+        assert one.load_bits >= (64 if one.variant.startswith(ARITHMETIC) else 128), one
 
 
 def test_a_kernel_compiles_for_hopper():
