@@ -1,23 +1,25 @@
 #!/usr/bin/env bash
 # Everything that a CUDA machine can tell, in parts of less than 10 minutes: build, check, tests, bench, verdict, plots.
-#   bench/gpu.sh [--device cuda] [--out build/gpu] [--part N] [--quick]
+#   bench/gpu.sh [--device cuda] [--out build/gpu] [--part N] [--quick] [--dry-run]
 # A part that ended has its JSON in the folder and is not done again; remove the file to repeat it. A part that failed or
 # ran out of time has none, only its log: the same command goes on there, a bench part with what it had.
-# --part N does that part alone; --quick uses tiny shapes, to try the script out (also with --device cpu).
+# --part N does that part alone; --quick uses tiny shapes, to try the script out (also with --device cpu); --dry-run
+# prints the parts and their commands.
 # PYTHON=... is used as it is; else the environment of `make` is made.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-device=cuda out=build/gpu only= quick=
+device=cuda out=build/gpu only= quick= dry=
 while [ $# -gt 0 ]; do
     case $1 in
         --device) device=$2; shift 2 ;;
         --out) out=$2; shift 2 ;;
         --part) only=$2; shift 2 ;;
         --quick) quick=yes; shift ;;
-        *) sed -n '2,7s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+        --dry-run) dry=yes; shift ;;
+        *) sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
     esac
 done
-mkdir -p "$out"
+[ -n "$dry" ] || mkdir -p "$out"
 python=${PYTHON:-.venv/bin/python}
 limit=${LIMIT:-570}     # seconds a part
 failed=0 results=()
@@ -29,6 +31,7 @@ done_already() { [ -f "$out/$1.json" ] && echo "-- $1: done already"; }
 part() {
     local number=$1 name; name=$(printf '%02d-%s' "$1" "$2"); local ends=$3; shift 3
     chosen "$number" || return 0
+    if [ -n "$dry" ]; then echo "$name: $*"; return; fi
     done_already "$name" && return 0
     echo "-- $name"
     local start=$SECONDS code=0
@@ -43,6 +46,7 @@ part() {
 # bench NUMBER NAME COMMAND...: of the bench; the file is whole when the part has ended
 bench() {
     local number=$1 name command=$3; name=$(printf '%02d-%s' "$1" "$2"); shift 3
+    if [ -n "$dry" ]; then ! chosen "$number" || echo "$name: ssd_core.bench.run $command $*"; return; fi
     if chosen "$number" && ! done_already "$name"; then
         echo "-- $name"
         if timeout "$limit" "$python" -P -m ssd_core.bench.run "$command" --devices "$device" "${common[@]}" "$@" \

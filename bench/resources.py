@@ -79,7 +79,9 @@ def _tiled_variants():
 WIDE = {"x_ptr": "*fp32", "grad_ptr": "*bf16"}
 CE = ("cross_entropy", "_rows", "cross_entropy")
 SPARSE, DENSE = ("distill", "_sparse_rows", "distill"), ("distill", "_dense_rows", "distill_dense")
-SAMPLE = ("sample", "_rows", "sample", {"keys_ptr": "*i64"})
+LOOK, THRESHOLD, SCORE, DRAW = (("sample", f"_{name}", launch) for name, launch in (
+    ("look", "sample_look"), ("threshold", "sample_threshold"), ("score", "sample_score"), ("draw", "sample")))
+PLACES = {"order_ptr": "*i32"}
 PRODUCT = {"out_ptr": "*fp32"}
 FLOATS = {**PRODUCT, "grad_ptr": "*fp32", "x_ptr": "*fp32", "weight_ptr": "*fp32"}
 VARIANTS = (
@@ -105,9 +107,15 @@ VARIANTS = (
     _variant("filter, moments", "grad_filter", "_moments", "moments", TILE=256),
     *(_variant(f"filter, d_{operand}{name}", "grad_filter", f"_{operand}_product", f"{operand}{bits}", types, TILE=256)
       for operand in ("input", "weight") for name, bits, types in (("", 16, PRODUCT), (", float32", 32, FLOATS))),
-    _variant("sample, top-k and top-p", *SAMPLE, TOP_K=True, TOP_P=True, MAXIMA=True),
-    _variant("sample, all tokens", *SAMPLE),
-    _variant("sample, greedy", *SAMPLE, GREEDY=True),
+    _variant("sample, look", *LOOK),
+    _variant("sample, look, greedy", *LOOK, GREEDY=True),
+    _variant("sample, threshold of top-p", *THRESHOLD, TOP_P=True),
+    _variant("sample, threshold of top-k and top-p", *THRESHOLD, TOP_K=True, TOP_P=True),
+    _variant("sample, score of all tokens", *SCORE),
+    _variant("sample, score of some tokens", *SCORE, LEAST=True, MIN_P=True),
+    _variant("draw, top-k and top-p", *DRAW, PLACES, BOUNDED=True, TOP_P=True),
+    _variant("draw, of scores", *DRAW, PLACES),
+    _variant("draw, greedy", *DRAW, PLACES, GREEDY=True),
     *_tiled_variants(),
 )
 
@@ -116,13 +124,16 @@ TYPES = {
     "x_ptr": "*bf16", "grad_ptr": "*bf16", "out_ptr": "*bf16", "d_ptr": "*bf16", "t_ptr": "*bf16", "bias_ptr": "*bf16",
     "t_bias_ptr": "*bf16", "dense_ptr": "*bf16", "tokens_ptr": "*i64", "ids_ptr": "*i64",
     "labels_ptr": "*i64", "seeds_ptr": "*i64", "positions_ptr": "*i64", "token_ptr": "*i64", "options_ptr": "*fp64",
-    "weight_ptr": "*bf16", "order_ptr": "*i64", "active_ptr": "*i8", "list_ptr": "*i32", "count_ptr": "*i32"}
+    "weight_ptr": "*bf16", "order_ptr": "*i64", "active_ptr": "*i8", "list_ptr": "*i32", "count_ptr": "*i32",
+    "tops_ptr": "*i64", "keys_ptr": "*i64", "least_ptr": "*i64", "scores_ptr": "*fp64", "best_ptr": "*i32",
+    "counts_ptr": "*i32"}
 INTEGERS = ("first_token", "rows", "columns", "t_columns", "hidden", "tiles", "spans", "first_id", "vocab", "groups",
-            "top_k")
+            "top_k", "parts", "width", "most")
 ONE = re.compile(r".*_inner|weight_step")       # strides
 FLAGS = {"LOOK": True, "FINISH": True, "GRADIENT": True, "TERMS": True, "KIND": 0, "TAIL": 0, "K": 1, "BLOCK_K": 1,
-         "LIMIT": 64, "CAPACITY": 256, "GROUPS": 256, "BLOCK_G": 1024, "TILE": 0, "BLOCK_T": 1024, "PRECISION": "ieee"}
-ALIGNED = re.compile(r".*_ptr|.*_stride|columns|t_columns|vocab|tiles|hidden")      # multiples of 16
+         "LIMIT": 64, "CAPACITY": 256, "SORTED": 1024, "GROUP": 256, "BLOCK_G": 1024, "PARTS": 64, "TILE": 0,
+         "BLOCK_T": 1024, "PRECISION": "ieee"}
+ALIGNED = re.compile(r".*_ptr|.*_stride|columns|t_columns|vocab|tiles|hidden|width")        # multiples of 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,17 +214,18 @@ def _launch(variant: Variant, target: str):
 
 
 def _cuda_usage(cubin: bytes) -> tuple[int, int]:
-    """Registers of a thread and bytes of its stack and local memory, as cuobjdump says."""
+    """Registers of a thread, and bytes of its stack and local memory if it uses them, as cuobjdump says."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], check=True, text=True, capture_output=True).stdout
-    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
-    return int(found["REG"]), int(found["STACK"]) + int(found["LOCAL"])
+        usage, code = (subprocess.run([tool, option, file.name], check=True, text=True, capture_output=True).stdout
+                       for option in ("--dump-resource-usage", "--dump-sass"))
+    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
+    used = re.search(r"\b(LDL|STL)\b", code) is not None       # a frame may be left of what was optimised away
+    return int(found["REG"]), (int(found["STACK"]) + int(found["LOCAL"])) * used
 
 
 def everything(targets=TARGETS, variants=VARIANTS) -> Iterator[Resources]:

@@ -66,6 +66,7 @@ WORK = {
     "log_softmax": Work(0, 2 + 2, 2 + 2 + 2, "looked at twice"),
     "cross_entropy": Work(0, 2 + 2, 2 + 2 + 2, "looked at twice"),
     "distill": Work(0, 2 + 2 + 2, 3 * (2 + 2) + 2, "both sides looked at three times"),
+    "sample": Work(0, 2, 2, "looked at once, with top-k up to 512; again only what may be among the k largest"),
 }
 
 

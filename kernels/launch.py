@@ -59,12 +59,15 @@ SMALL_TILES, LARGE_TILES = Tiles(16, 64, 16, 1, 1, 2, 6), Tiles(16, 8192, 64, 1,
 # Blocks are as large as leaves two programs a multiprocessor, 128 registers a thread: see bench/resources.py.
 ROWS = {
     "cross_entropy": Rows(4096, 8), "class_probabilities": Rows(2048, 8), "logprob": Rows(2048, 8),
-    "distill": Rows(2048, 8), "distill_dense": Rows(4096, 8), "softmax": Rows(4096, 8), "sample": Rows(2048, 8)}
+    "distill": Rows(2048, 8), "distill_dense": Rows(4096, 8), "softmax": Rows(4096, 8),
+    "sample_look": Rows(2048, 8), "sample_threshold": Rows(1024, 8), "sample_score": Rows(1024, 8),
+    "sample": Rows(1024, 8)}
 FILTER = {      # products by the bits of a number
     "select": Products(4), "moments": Products(8, rows=32),
     "input16": Products(8, rows=32, hidden=64), "weight16": Products(8, rows=32, columns=128, hidden=128),
     "input32": Products(8, rows=32, hidden=32), "weight32": Products(8, rows=32, columns=64, hidden=64)}
 PROGRAMS = 256          # that fill a device, if each has a part of d_input's sum
+OF_A_MULTIPROCESSOR = 4     # programs, where rows are in parts
 # the interpreter: small blocks, so that small vocabularies cross their edges; large ones where time counts
 SMALL, LARGE = Rows(256, 1), Rows(16384, 1)
 
@@ -108,9 +111,18 @@ def multiprocessors(device: torch.device) -> int:
     return 3 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def row_launch(kernel, op: str, count: int, like: torch.Tensor, *arguments, **options) -> None:
-    """One program for each of ``count`` rows of as many columns as ``like`` (N, C)."""
+def parts_of(op: str, rows_count: int, columns: int, device: torch.device, most: int) -> tuple[int, int]:
+    """Columns of a part of a row, whole blocks, and parts: as many, up to ``most``, as keep the device busy."""
+    block = rows(op, columns).block
+    blocks = triton.cdiv(columns, block)
+    parts = min(most, blocks, triton.cdiv(OF_A_MULTIPROCESSOR * multiprocessors(device), max(1, rows_count)))
+    width = triton.cdiv(blocks, parts) * block
+    return width, triton.cdiv(columns, width)
+
+
+def row_launch(kernel, op: str, count: int, like: torch.Tensor, *arguments, parts: int = 1, **options) -> None:
+    """One program for each of ``count`` rows of as many columns as ``like`` (N, C), or for each of their parts."""
     if count == 0:
         return
     found = rows(op, like.shape[1])
-    kernel[(count,)](*arguments, **options, BLOCK_V=found.block, num_warps=found.warps)
+    kernel[(count, parts)](*arguments, **options, BLOCK_V=found.block, num_warps=found.warps)

@@ -86,6 +86,17 @@ def test_one_part(script):
     assert "--cases smollm2@4096" in calls[0] and "--resume" in calls[0]
 
 
+def test_dry_run(script):
+    """Prints what would be done, and does and makes nothing."""
+    code, calls = script("--dry-run")
+    lines = script.output.splitlines()
+    assert code == 0 and calls == [] and not script.out.exists()
+    assert [int(line[:2]) for line in lines] == list(range(1, 15))
+    assert lines[12].startswith("13-sample: ssd_core.bench.run run --ops sample --cases qwen3-0.6b --batch 256")
+    script("--dry-run", "--part", "9")
+    assert script.output.startswith("09-filter: ") and script.output.count("\n") == 1
+
+
 def test_wrong_use(script):
     code, calls = script("--nothing")
     assert code == 2 and calls == [] and "--part N" in script.output
