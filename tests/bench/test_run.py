@@ -137,6 +137,7 @@ def test_what_is_within_the_spread_or_faster_is_no_regression(result):
 def test_a_slower_machine_is_no_regression_relative_to_its_floor(result):
     result["results"] = result["results"][:1]
     result["results"][0]["rows"] = result["results"][0]["rows"][:1]
+    result["results"][0]["rows"][0]["time"] |= {"p20": 0.9, "median": 1.0, "p80": 1.1}     # whatever this machine did
     before = copy.deepcopy(result)
     slower(result, 10)
     result["results"][0]["floor"]["time"]["median"] *= 10

@@ -248,7 +248,7 @@ def error(found, true):
 
 
 @pytest.mark.parametrize(("name", "backend"), [
-    *((name, "torch") for name in CALLS if name != "filter"),
+    *((name, "torch") for name in CALLS if not name.startswith("filter")),
     *((name, "cpu") for name in ("hard", "weights", "bucket", "none"))])
 def test_a_million_ids_in_8_mib(name, backend, monkeypatch):
     """A row of float32 logits is half of the budget and a block of the row pass three times all of it."""
