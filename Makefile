@@ -8,7 +8,7 @@ RUN := "$(or $(PYTHON),$(VENV)/bin/python)" -P -m
 DEMO := demo
 export TORCH_INDEX_URL
 
-.PHONY: demo test test-all test-asan test-portability test-floor fuzz lint build fresh bench-peers clean setup
+.PHONY: demo test test-all test-triton test-asan test-portability test-floor fuzz lint build fresh bench-peers clean setup
 
 demo: setup
 	$(RUN) ssd_core.data.smollm2 $(DEMO)/SmolLM2-135M-Instruct
@@ -20,7 +20,11 @@ test: setup
 
 # every instruction set, sanitizers, packaging in environments of its own, killed and resumed runs
 test-all: setup
-	$(RUN) pytest -m all
+	$(RUN) pytest -m "all and not interpreted"
+
+# all that the other backends are asked, of backend "triton" by both routes in Triton's interpreter: an hour
+test-triton: setup
+	$(RUN) pytest -m interpreted
 
 # the part of it that AddressSanitizer and UndefinedBehaviorSanitizer watch, in build/sanitizers
 test-asan: setup

@@ -75,6 +75,14 @@ def store_slope(
 
 
 @triton.jit
+def first_largest(z, lanes):
+    """The maximum of z and the first lane that has it; of NaN alone, none. (``tl.max`` with indices stops the
+    interpreter there.)"""
+    found = tl.max(z, 0)
+    return found, tl.min(tl.where(z == found, lanes, 0x7FFFFFFF), 0)
+
+
+@triton.jit
 def raised(top, z):
     """The maximum so far and what exponents are relative to: 0 as long as there are none but -inf."""
     top = tl.maximum(top, tl.max(z, 0))

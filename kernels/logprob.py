@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .launch import row_launch
-from .logits import load_logits, raised, store_slope
+from .logits import first_largest, load_logits, raised, store_slope
 
 TOP, TOTAL, BELOW, LABEL, ARGMAX, STATE = (tl.constexpr(i) for i in range(6))
 
@@ -68,7 +68,7 @@ def _rows(
             offsets = start + lanes
             mask = offsets < columns
             z = load_logits(x_ptr, bias_ptr, offsets, mask, scale, softcap, HAS_BIAS, HAS_SOFTCAP) * inverse_temperature
-            found, where = tl.max(z, 0, return_indices=True)        # the first of equal ones
+            found, where = first_largest(z, lanes)
             argmax = tl.where(found > top, (first_id + start + where).to(tl.float32), argmax)
             at = (first_id + offsets == y) & mask               # behind the last column is another rank's
             z_y = tl.where(tl.max(at.to(tl.int32), 0) > 0, tl.sum(tl.where(at, z, 0.0), 0), z_y)

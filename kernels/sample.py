@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from . import launch
+from .logits import first_largest
 
 SLACK = tl.constexpr(1e-12)                     # of top-p, as in the definition
 NOTHING = tl.constexpr(-(2**63))                # a key below all others
@@ -161,7 +162,7 @@ def _look(
     for start in range(part * width, last, BLOCK_V):
         ids = start + lanes
         z = tl.load(x_ptr + ids, mask=ids < columns, other=NEVER).to(tl.float32)
-        found, where = tl.max(z, 0, return_indices=True)
+        found, where = first_largest(z, lanes)
         first = tl.where(found > top, start + where, first)
         before = top
         top = tl.maximum(top, found)

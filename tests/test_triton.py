@@ -33,10 +33,24 @@ def test_every_op_in_the_interpreter():
               choice="triton and float32 and results_and_gradients", TRITON_INTERPRET="1")
 
 
+PRECISE = "triton and not float16"      # nor bfloat16
+WHAT_ROUNDS = "triton and float16 and (results_and_gradients or autocast or sparse_targets or every_measure)"
+
+
 @pytest.mark.all
-@pytest.mark.parametrize("choice", [
-    "triton and not float16",           # nor bfloat16
-    "triton and float16 and (results_and_gradients or autocast or sparse_targets or every_measure)"])
+@pytest.mark.parametrize(("files", "choice"), [
+    (["tests/ops/test_every_op.py"], f"{PRECISE} and (results_and_gradients or nan or one_logit or small_workspace)"),
+    (["tests/ops/test_every_op.py"], "triton and float16 and results_and_gradients"),
+    (["tests/ops/test_grad_filter.py"], "triton and equal_to_the_definition"),
+    (["tests/ops/test_sample.py"], "the_parts_of or (triton and (without_a_distribution or tied))")])
+def test_each_op_in_the_interpreter(files, choice):
+    """What an hour of ``make test-triton`` does in minutes."""
+    run_tests(files=files, choice=choice, TRITON_INTERPRET="1")
+
+
+@pytest.mark.all
+@pytest.mark.interpreted
+@pytest.mark.parametrize("choice", [PRECISE, WHAT_ROUNDS])
 def test_the_shared_suite_in_the_interpreter(choice):
     """All of it in float32, and in 16 bits what rounds: it is a thousand times slower than a GPU."""
     run_tests(files=["tests/ops", "tests/test_known_bugs.py"], choice=choice, TRITON_INTERPRET="1")
@@ -52,9 +66,10 @@ def test_the_tiled_route_in_the_interpreter():
 
 
 @pytest.mark.all
+@pytest.mark.interpreted
 @pytest.mark.parametrize(("files", "choice"), [
-    (["tests/ops/test_linear_cross_entropy.py", "tests/ops/test_linear_logprob.py"], "triton and not float16"),
-    (["tests/ops/test_every_op.py", "tests/ops/test_process_group.py"], f"triton and not float16 and {HEADS}"),
+    (["tests/ops/test_linear_cross_entropy.py", "tests/ops/test_linear_logprob.py"], PRECISE),
+    (["tests/ops/test_every_op.py", "tests/ops/test_process_group.py"], f"{PRECISE} and {HEADS}"),
     (["tests/ops"], f"triton and float16 and {HEADS} and (results_and_gradients or autocast or any_chunks)")])
 def test_the_shared_suite_by_the_tiled_route(files, choice):
     run_tests(files=files, choice=choice, TRITON_INTERPRET="1", SSD_CORE_ROUTE="tiled")

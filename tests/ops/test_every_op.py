@@ -191,7 +191,10 @@ def test_a_small_workspace_means_tiles(op, backend, monkeypatch):
 
     monkeypatch.setattr(module, planning)
     problem, small = op.draw(n=200, v=2500)(0), 5_900_000 if "distill" in op.name else 3_700_000
-    small = small * 2 // 5 if backend == "cpu" else small // 3 if backend == "triton" and ROUTE == "tiled" else small
+    if backend == "cpu":
+        small = small * 2 // 5
+    elif backend == "triton":           # which has no buffers of a row pass
+        small //= 3 if ROUTE == "tiled" else 4
     true, found = (run(op, backend, problem, workspace_bytes=budget) for budget in (None, small))
     assert plans[0].rows >= counts(problem[-1]).sum() and plans[0].tile == 2500
     assert plans[-1].rows < counts(problem[-1]).sum() or plans[-1].tile < 2500
