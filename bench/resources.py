@@ -149,6 +149,7 @@ class Resources:
     shared: int             # bytes of a program
     load_bits: int          # the widest load of a thread
     products: int           # instructions that multiply matrices
+    own_products: int       # and those of the matrix units that this chip brought
     copies: int             # instructions of the tensor memory accelerator
 
 
@@ -191,9 +192,11 @@ def compiled(variant: Variant, target: str) -> Resources:
         spills = 4 * int(re.search(r"\.vgpr_spill_count:\s*(\d+)", text)[1])
         loads = [(count, 32) for count in re.findall(r"(?:global|buffer)_load_dwordx(\d)", text)]
     widest = max((int(count or 1) * int(bits) for count, bits in loads), default=0)
-    products = len(re.findall(PRODUCTS[target], text))
+    own_products = len(re.findall(PRODUCTS[target], text))
+    products = len(re.findall("|".join(set(PRODUCTS.values())), text))
     copies = text.count("cp.async.bulk.tensor")
-    return Resources(**common, registers=registers, spills=spills, load_bits=widest, products=products, copies=copies)
+    return Resources(**common, registers=registers, spills=spills, load_bits=widest, products=products,
+                     own_products=own_products, copies=copies)
 
 
 def _launch(variant: Variant, target: str):
