@@ -147,8 +147,8 @@ for scaled in (False, True):
             x, w, None, target.ids, target.probs, None, None, class_weight=None, label_weight=None,
             row_scale=torch.ones(n) if scaled else None, needs=[scaled, scaled, False], chunks=chunks,
             keep_float32=False, dtype=x.dtype, logit_scale=1.0, softcap=0.0, temperature=1.0, vocab=v, vocab_start=0,
-            group=None, grad_filter=0.0, grad_filter_weight=0.0, vocab_order=None, label_smoothing=0.0, z_loss=0.0,
-            bucket=False)
+            group=None, grad_filter=0.0, grad_filter_weight=0.0, one_sign=True, vocab_order=None, label_smoothing=0.0,
+            z_loss=0.0, bucket=False)
     assert max(made.sizes) < n * v * 4 / 2, made.sizes
     spans = -(-v // chunks.tile)
     returned = (n + v) * d * 4 if scaled else 0
