@@ -18,6 +18,8 @@ from types import SimpleNamespace
 import torch
 from ssd_core.bench.ops import PER_TOKEN, Problem, capped
 
+from ssd_core import release_workspace
+
 CHUNK = 1 << 24             # float64 logits at a time
 LARGEST = 10 << 30          # bytes: the head and its gradient in float64 on a CPU
 FACTOR = 3.0                # of eager's gradient error: more is wrong
@@ -186,6 +188,7 @@ def peak_extra(job, variant: str) -> int:
 def resident_extra(function: Callable, problem: Problem) -> int:
     """See ``peak_extra``; Linux only. A first call at full size warms the libraries up and is given back."""
     gradients(function, problem)
+    release_workspace()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     status = Path("/proc/self/status")

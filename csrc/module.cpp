@@ -14,6 +14,7 @@
 #include "cpu/logit_rows.h"
 #include "cpu/ranks.h"
 #include "cpu/sample.h"
+#include "cpu/workspace.h"
 
 namespace ssd_core {
 namespace {
@@ -71,6 +72,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("logprob_rows", &cpu::logprob_rows, py::call_guard<py::gil_scoped_release>());
   m.def("distill_rows", &cpu::distill_rows, py::call_guard<py::gil_scoped_release>());
   m.def("tile_shape", &cpu::tile_shape);
+  m.def("product_itemsize", &cpu::product_itemsize);
+  m.def("kept_workspace_bytes", &cpu::kept_workspace_bytes);
+  m.def("release_workspace", &cpu::release_workspace);
   m.def("sample", &cpu::sample, py::call_guard<py::gil_scoped_release>());
   // The kernels' own functions, exposed so that their error bounds can be tested.
   m.def("exp_nonpositive", [](const at::Tensor& x) { return map_floats(cpu::active_row_kernels().exp, x); });

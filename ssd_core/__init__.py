@@ -28,6 +28,7 @@ _PUBLIC = {
     "linear_logprob": "ssd_core.ops.linear_logprob",
     "log_softmax": "ssd_core.ops.log_softmax",
     "logprob": "ssd_core.ops.logprob",
+    "release_workspace": "ssd_core.native",
     "sample": "ssd_core.ops.sample",
     "self_distill": "ssd_core.pipeline",
     "softmax": "ssd_core.ops.softmax",

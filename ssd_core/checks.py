@@ -61,6 +61,14 @@ def labels_in_range(labels: torch.Tensor, vocab: int, argument: str) -> None:
         raise IndexError(f"{argument}: expected labels in [0, {vocab}) or ignore_index, got {label}")
 
 
+def permutation(order: torch.Tensor, argument: str) -> None:
+    """Of 0 ... V - 1, for ``order`` (V,) int64. On CPU; on an accelerator it would cost a synchronisation."""
+    if order.device.type == "cpu" and order.numel():
+        within = order.min() >= 0 and order.max() < len(order)
+        holds = within and order.new_zeros(len(order)).index_fill_(0, order, 1).all()
+        expect(holds, argument, f"a permutation of 0 ... {len(order) - 1}", "ids that repeat or are out of range")
+
+
 def not_negative(weights: torch.Tensor, argument: str) -> None:
     """On CPU; on an accelerator it would cost a synchronisation."""
     if weights.device.type == "cpu":

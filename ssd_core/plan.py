@@ -21,8 +21,9 @@ ACCELERATOR_WORKSPACE = 512 * MIB
 NARROWEST = 64                          # columns of a tile: sums over many more tiles would lose digits
 LOOK = 30                               # bytes that a look at a logit moves; measured on two Zen 5 cores
 BALANCE = {2: (35, 250), 4: (13, 100), 8: (6, 20)}  # FLOP in the time of a byte, by item size: CPU, accelerator
-# of backend "cpu", which looks at logits in cache: the same, and what computing them again costs, in products
-COMPILED_BALANCE, COMPILED_AGAIN = {2: 35, 4: 16}, 0.65
+# of backend "cpu", which looks at logits in cache: the same, by the size of what is multiplied, and what computing them
+# again costs, in products
+COMPILED_BALANCE, COMPILED_AGAIN = {2: 35, 4: 16}, {2: 0.65, 4: 1.0}
 ROUTES = ("chunked", "tiled")           # of backend "triton"
 # by item size: the time of a product in a kernel of ours, in the library's (a guess, to be measured); bytes that the
 # chunked route moves for a logit: looked at twice in float32, and its gradient written
@@ -248,28 +249,31 @@ def _plan_panels(demand: Demand, workspace_bytes: int) -> ChunkPlan:
     whole = fit(panels, lambda p: needed(p, tiles))
     if whole:
         plans.append((_cost(demand, whole * panel, 0), whole, tiles))
-    if not whole or plans[0][0] > 3 + COMPILED_AGAIN:
-        p = fit(panels, lambda p: needed(p, 1))
-        while p:
-            t = fit(tiles - 1, lambda t, p=p: needed(p, t))
-            idle = -(-t // threads) * threads / t if t else math.inf        # threads share the tiles
-            plans.append((_cost(demand, p * panel, 1) * idle, p, t))
-            p = p * 3 // 4
+    p = fit(panels, lambda p: needed(p, 1))
+    while p:
+        t = fit(tiles - 1, lambda t, p=p: needed(p, t))     # of which so many are kept
+        idle = -(-t // threads) * threads / t if t else math.inf        # threads share the tiles
+        plans.append((_cost(demand, p * panel, demand.passes * (1 - t / tiles)) * idle, p, t))
+        p = p * 3 // 4
     _, p, t = min(plans)
     p = -(-panels // -(-panels // p))       # as many chunks, of equal size
     spare = max(0, workspace_bytes - needed(p, t))
     return ChunkPlan(p * panel, tile, demand.vocab if t == tiles else t * tile, spare)
 
 
-def _cost(demand: Demand, rows: int, recomputed: int) -> float:
+def _cost(demand: Demand, rows: int, recomputed: float) -> float:
     """Of a call in products: those that any plan needs, the logits computed and looked at again, ``LOOK`` bytes for 2 D
     FLOP, and d_weight added up, 8 bytes for 2 ``rows`` FLOP."""
     itemsize = demand.dtype.itemsize
     if demand.held is not None:
-        balance, again = COMPILED_BALANCE[itemsize], recomputed * COMPILED_AGAIN
+        multiplied = native.product_itemsize(demand.dtype)
+        balance, again = COMPILED_BALANCE[multiplied], recomputed * COMPILED_AGAIN[multiplied]
     else:
         balance = BALANCE[itemsize][demand.device.type != "cpu"]
         again = recomputed * (1 + LOOK * balance / (2 * demand.hidden))
     # what the gradient filter leaves of d_weight is added up at the end
-    added_up = demand.d_weight and not demand.filtered
-    return 3 + again + (4 * balance / rows if added_up else 0)
+    added_up = demand.d_weight and not demand.filtered and rows < demand.tokens
+    if not added_up:
+        return 3 + again
+    # in float32: of 16 bits it is cleared and at the end rounded, too
+    return 3 + again + 4 * balance / rows + (4 * balance / demand.tokens if itemsize == 2 else 0)

@@ -1,6 +1,7 @@
 """The fused head of backend "cpu" against the float64 definition: every edge of its panels and tiles, instruction sets,
 threads. What all backends share is tested in tests/ops."""
 
+import concurrent.futures
 import itertools
 
 import pytest
@@ -111,6 +112,9 @@ def test_bits_depend_on_neither_chunks_nor_threads(dtype):
             again, chunked = call(*given, rows=300), call(*given, rows=64)
             assert all(torch.equal(a, e) for a, e in zip(again, expected, strict=True))
             assert all(torch.equal(a, e) for a, e in zip(chunked[:4], expected[:4], strict=True))
+            for columns in (256, 1024, 1280):       # of which so many are kept, and the rest computed again
+                part = call(*given, rows=300, columns=columns)
+                assert all(torch.equal(a, e) for a, e in zip(part, expected, strict=True))
     finally:
         torch.set_num_threads(threads)
 
@@ -230,6 +234,53 @@ def test_gradient_filter_is_the_definition(deltas, given, options, columns, dtyp
             # a token whose mass meets the bound but for rounding may choose otherwise
             for got, ref in ((got_input, d_input), (got_weight, d_weight), (got_bias, d_bias)):
                 assert error(got, ref) <= {torch.float32: 3e-4, torch.bfloat16: 1e-2, torch.float16: 1e-3}[dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_bits_of_the_gradient_filter_do_not_depend_on_threads(dtype):
+    """Nor when it multiplies, where there is little room for what waits."""
+    x, w, b, ids, probs, c, scale = peaked(150, 40, 2100, dtype)
+    threads = torch.get_num_threads()
+
+    def results(count, held):
+        torch.set_num_threads(count)
+        found = native.linear_cross_entropy(
+            x, w, b, ids, probs, None, c, None, scale, dtype, [True] * 3, False, 64, WHOLE, grad_filter=0.1,
+            grad_filter_weight=0.02, held_bytes=held)
+        return torch.cat([part.flatten().double() for part in found])
+
+    try:
+        for held in (0, 100_000, 1 << 40):
+            expected = results(1, held)
+            assert all(torch.equal(results(count, held), expected) for count in (2, 3, 4))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_memory_is_kept_for_the_next_call_and_given_back():
+    given = problem(300, 40, 5000, torch.float32)
+    native.release_workspace()
+    assert native.kept_workspace_bytes() == 0
+    expected, kept = call(*given, rows=300), native.kept_workspace_bytes()
+    assert kept >= 300 * 5000 * 4                           # the logits' places
+    again = call(*given, rows=300)
+    assert native.kept_workspace_bytes() == kept and all(map(torch.equal, again, expected))
+    with torch.inference_mode():
+        call(*given, rows=128)
+    less = native.kept_workspace_bytes()
+    assert less < kept / 2                                  # a call with less keeps less
+    assert all(map(torch.equal, call(*given, rows=300), expected))
+    native.release_workspace()
+    assert native.kept_workspace_bytes() == 0
+
+
+def test_calls_side_by_side_share_no_memory():
+    given = [problem(200, 40, 5000, torch.float32, seed=seed) for seed in range(4)]
+    expected = [call(*one, rows=200) for one in given]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            found = pool.map(lambda one: call(*one, rows=200), given)
+            assert all(all(map(torch.equal, a, e)) for a, e in zip(found, expected, strict=True))
 
 
 def test_gradient_filter_wants_one_sign():

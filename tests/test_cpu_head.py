@@ -143,11 +143,11 @@ def test_bits_depend_on_neither_chunks_nor_threads(dtype):
     teachers = [taught(kind, 300, 1500, dtype)[0] for kind in ("sparse", "hidden")]
     scale = torch.stack((weight, -weight), -1)
 
-    def results(rows):
-        found = [native.linear_logprob(x, w, b, y, None, scale, dtype, [True] * 3, False, rows, WHOLE)]
+    def results(rows, columns=WHOLE):
+        found = [native.linear_logprob(x, w, b, y, None, scale, dtype, [True] * 3, False, rows, columns)]
         for teacher in teachers:
             found.append(native.linear_distill(
-                x, w, b, *teacher, y, None, None, weight, dtype, [True] * 3, False, rows, WHOLE, divergence="jsd",
+                x, w, b, *teacher, y, None, None, weight, dtype, [True] * 3, False, rows, columns, divergence="jsd",
                 with_ce=True, ce_weight=0.5, temperature=2.0))
         return found
 
@@ -158,5 +158,8 @@ def test_bits_depend_on_neither_chunks_nor_threads(dtype):
             for one, again, chunked in zip(expected, results(300), results(64), strict=True):
                 assert all(torch.equal(a, e) for a, e in zip(again, one, strict=True))
                 assert all(torch.equal(a, e) for a, e in zip(chunked[:5], one[:5], strict=True))
+            for columns in (256, 1024, 1280):       # of which so many are kept, and the rest computed again
+                for one, part in zip(expected, results(300, columns), strict=True):
+                    assert all(torch.equal(a, e) for a, e in zip(part, one, strict=True))
     finally:
         torch.set_num_threads(threads)

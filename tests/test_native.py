@@ -430,9 +430,16 @@ def saved_by_each(isas, code, tmp_path):
     return [torch.load(tmp_path / f"{isa}.pt") for isa in isas]
 
 
+def fastest(isas):
+    """Intel multiplies pairs of bfloat16 at half the rate of float32."""
+    intel = "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+    return [isa for isa in isas if not (intel and isa == "avx512bf16")][-1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/cpuinfo")
 def test_isa_default_and_override(isas, tmp_path):
     if "SSD_CORE_CPU_ISA" not in os.environ:
-        assert native.cpu_isa() == isas[-1]
+        assert native.cpu_isa() == fastest(isas)
     for isa in isas:
         assert python("print(native.cpu_isa())", tmp_path, SSD_CORE_CPU_ISA=isa) == f"{isa}\n"
 

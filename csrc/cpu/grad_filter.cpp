@@ -180,7 +180,9 @@ bool GradFilter::holds(const Share& share) const {
 }
 
 int64_t GradFilter::room() const {
-  return std::max<int64_t>(1, held_limit_ - (wants_weight_ ? bytes_of(states_.back()) : 0));
+  const auto holding = std::count_if(shares_.begin(), shares_.end(), [&](const Share& share) { return holds(share); });
+  const int64_t free = held_limit_ - (wants_weight_ ? bytes_of(states_.back()) : 0);
+  return std::max<int64_t>(1, free / std::max<int64_t>(holding, 1));
 }
 
 void GradFilter::make_room(int64_t first_tile, int64_t last_tile) {
@@ -194,7 +196,8 @@ void GradFilter::make_room(int64_t first_tile, int64_t last_tile) {
     flush(false);
   }
   if (coming > static_cast<int64_t>(waiting_.nbytes())) {  // nothing waits
-    waiting_ = empty({coming}, waiting_.options());
+    waiting_.reset();
+    waiting_ = empty({coming}, at::TensorOptions(at::kByte));
   }
   for (Share& share : shares_) {
     if (holds(share)) {

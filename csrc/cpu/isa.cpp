@@ -50,6 +50,16 @@ bool isa_supported(Isa isa) {
 
 namespace {
 
+// Whether it is faster than the level below. Intel's cores multiply pairs of bfloat16 at half the rate of float32 (Emerald
+// Rapids: 81 against 166 GFLOP/s a core), AMD's at twice the rate.
+bool isa_pays(Isa isa) {
+#if defined(__x86_64__)
+  return isa != Isa::kAvx512Bf16 || !__builtin_cpu_is("intel");
+#else
+  return true;
+#endif
+}
+
 Isa select_isa() {
   const char* variable = std::getenv("SSD_CORE_CPU_ISA");
   const std::string wanted = variable ? variable : "";
@@ -63,7 +73,7 @@ Isa select_isa() {
       return isa;
     }
     supported += std::string(supported.empty() ? "" : ", ") + isa_name(isa);
-    best = isa;
+    best = isa_pays(isa) ? isa : best;
   }
   TORCH_CHECK(
       wanted.empty(), "SSD_CORE_CPU_ISA: expected one of {", supported, "} on this machine, got '", wanted, "'");

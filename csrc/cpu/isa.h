@@ -12,7 +12,7 @@ const char* isa_name(Isa isa);
 std::vector<Isa> compiled_isas();  // what this build contains on this architecture
 bool isa_supported(Isa isa);       // whether this machine runs it
 
-// The strongest supported level, or the one that SSD_CORE_CPU_ISA names; read once, at first use.
+// The fastest supported level, or the one that SSD_CORE_CPU_ISA names; read once, at first use.
 // Throws when the variable names an unknown or unsupported level.
 Isa active_isa();
 

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "grad_filter.h"
+#include "workspace.h"
 
 namespace ssd_core::cpu {
 
@@ -62,9 +63,7 @@ class Head {
  private:
   void allocate() {
     const auto floats = call_.input.options().dtype(at::kFloat);
-    const auto bytes = [&](int64_t n) {
-      return empty({std::max<int64_t>(n, 1)}, call_.input.options().dtype(at::kByte));
-    };
+    const auto bytes = [&](int64_t n) { return workspace_.empty({std::max<int64_t>(n, 1)}, at::kByte); };
     const int64_t chunk = grid_.panels * panel_;
     kept_tile_ = kTile * panel_ * (words_.kept_element() + pass_.more_kept());
     kept_stride_ = std::min(span_, grid_.tiles) * kept_tile_;
@@ -78,7 +77,7 @@ class Head {
     if (needs_[0]) {
       d_input_ = at::zeros(call_.input.sizes(), call_.shared ? floats : call_.input.options());
       if (!filtered_input) {
-        d_tokens_ = empty({grid_.panels, hidden_, panel_}, floats);
+        d_tokens_ = workspace_.empty({grid_.panels, hidden_, panel_}, at::kFloat);
       }
     }
     if (needs_[1]) {
@@ -109,34 +108,31 @@ class Head {
       pack_by_coordinate(data, n, hidden_, words_, out, depth_of_tokens());
     }
     pass_.open(chunk_);
-    const bool whole = span_ == grid_.tiles, scaled = call_.scaled, twice = pass_.looks_twice();
-    look(0, grid_.tiles, (scaled || twice) && whole, false);
+    look_at_all();
     pass_.normalise();
-    if (twice) {
-      spans([&](int64_t first, int64_t last) {
-        if (!whole) {
-          look(first, last, true, true);
-        }
-        each_block(first, last, [&](const Block& block, int64_t p) {
-          pass_.look_twice(block, kept_of(p, block.tile, first));
+    if (pass_.looks_twice()) {
+      for (int64_t k = spans() - 1; k >= 0; --k) {
+        const Span span = keep_span(k);
+        each_block(span.first, span.last, [&](const Block& block, int64_t p) {
+          pass_.look_twice(block, kept_of(p, block.tile, span.first));
         });
-      });
+      }
     }
     pass_.finish();
     if (filter_) {
       filter_->open(chunk_, x);
     }
-    if (!scaled) {
+    if (!call_.scaled) {
       return;
     }
-    spans([&](int64_t first, int64_t last) {
-      if (!whole) {
-        look(first, last, true, true);
-      }
-      // in steps whose gradient is still in cache when d_input's product reads it, and that threads share evenly
+    for (int64_t k = 0; k < spans(); ++k) {
+      const Span span = keep_span(k);
+      const int64_t first = span.first, last = span.last;
+      // in steps whose gradient is still in cache when d_input's product reads it, and that threads share evenly, but
+      // where they decide when the filter multiplies
       const int64_t most = filter_ ? std::min(kStepBytes, filter_->room()) : kStepBytes;
       const int64_t steps = divide_up((last - first) * kTile * chunk_.n * words_.element(), most);
-      const int64_t threads = at::get_num_threads();
+      const int64_t threads = filter_ ? 1 : at::get_num_threads();
       const int64_t step = divide_up(divide_up(last - first, steps), threads) * threads;
       for (int64_t tile = first; tile < last; tile += step) {
         if (filter_) {
@@ -147,7 +143,7 @@ class Head {
           input_products(tile, std::min(tile + step, last), first);
         }
       }
-    });
+    }
     if (d_tokens_.defined()) {
       store_input();
     }
@@ -156,11 +152,33 @@ class Head {
     }
   }
 
-  template <class Function>
-  void spans(const Function& function) const {
-    for (int64_t first = 0; first < grid_.tiles; first += span_) {
-      function(first, std::min(first + span_, grid_.tiles));
+  // The vocabulary in spans of as many tiles as can be kept. The gradient goes up the vocabulary, a second look before it
+  // down: what pass A keeps is the span that comes next, and not the one that has the rest.
+  struct Span {
+    int64_t first, last;  // tiles
+  };
+  int64_t spans() const { return divide_up(grid_.tiles, span_); }
+  Span span(int64_t k) const {
+    const int64_t missing = pass_.looks_twice() ? spans() * span_ - grid_.tiles : 0;
+    return {std::max<int64_t>(k * span_ - missing, 0), std::min((k + 1) * span_ - missing, grid_.tiles)};
+  }
+
+  void look_at_all() {
+    kept_span_ = pass_.looks_twice() ? spans() - 1 : call_.scaled ? 0 : -1;
+    const Span kept = kept_span_ < 0 ? Span{0, 0} : span(kept_span_);
+    look(0, kept.first, false, false);
+    look(kept.first, kept.last, true, false);
+    look(kept.last, grid_.tiles, false, false);
+  }
+
+  // Its products again, unless it is what is kept.
+  Span keep_span(int64_t k) {
+    const Span wanted = span(k);
+    if (kept_span_ != k) {
+      look(wanted.first, wanted.last, true, true);
+      kept_span_ = k;
     }
+    return wanted;
   }
 
   Block block(int64_t tile, int64_t panel) const {
@@ -187,7 +205,7 @@ class Head {
         (tile - origin) * kept_tile_;
   }
 
-  // Pass A, and again where nothing was kept.
+  // The products of some tiles, and what the pass makes of them.
   void look(int64_t first_tile, int64_t last_tile, bool keep, bool again) {
     const int64_t depth = words_.words(hidden_);
     at::parallel_for(first_tile, last_tile, 1, [&](int64_t begin, int64_t end) {
@@ -330,10 +348,11 @@ class Head {
   const HeadCall& call_;
   RowPass& pass_;
   GradFilter* filter_;
+  Workspace workspace_;
   Words words_;
   const TileKernels& kernels_;
   Weight weight_;
-  int64_t panel_, count_, hidden_, step_, span_, kept_stride_ = 0, kept_tile_ = 0;
+  int64_t panel_, count_, hidden_, step_, span_, kept_span_ = -1, kept_stride_ = 0, kept_tile_ = 0;
   Grid grid_;
   std::array<bool, 3> needs_;
   Chunk chunk_;
@@ -458,6 +477,10 @@ int64_t head_bytes(
 
 std::tuple<int64_t, int64_t> tile_shape(at::ScalarType dtype) {
   return {words_of(dtype, false).kernels->panel, kTile};
+}
+
+int64_t product_itemsize(at::ScalarType dtype) {
+  return words_of(dtype, false).element();
 }
 
 }  // namespace ssd_core::cpu

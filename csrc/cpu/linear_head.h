@@ -167,5 +167,7 @@ int64_t head_bytes(
 
 // Rows of a panel, columns of a tile.
 std::tuple<int64_t, int64_t> tile_shape(at::ScalarType dtype);
+// Bytes of what is multiplied: 4 where there are no products of 16 bits, or none that pay.
+int64_t product_itemsize(at::ScalarType dtype);
 
 }  // namespace ssd_core::cpu

@@ -65,6 +65,8 @@ def _linear_cross_entropy(
     vocab = groups.total(len(linear_weight), input.device, group)
     if dense is None:
         tokens.check_target_values(ids, probs, valid, vocab, "target")
+    if vocab_order is not None:
+        checks.permutation(vocab_order, "vocab_order")
     rows = tokens.counting(valid)
     numbers = Options(*options)
     named = {"grad_filter": filters[0], "grad_filter_weight": filters[1], "process_group": process_group,
