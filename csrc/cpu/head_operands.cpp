@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 #include "isa.h"
 
@@ -68,7 +69,11 @@ namespace {
 
 template <class To, class From>
 To converted(From x) {
-  return static_cast<To>(static_cast<float>(x));
+  if constexpr (std::is_same_v<To, From>) {
+    return x;
+  } else {
+    return static_cast<To>(static_cast<float>(x));
+  }
 }
 
 // (rows, columns) of any strides -> rows of `stride` elements, zeros behind the columns. By way of dtype Product, which
@@ -109,9 +114,9 @@ Weight::Rows Weight::tile(int64_t first, int64_t count, char* scratch) const {
   }
   const int64_t* ids = order_.const_data_ptr<int64_t>() + first;
   for (int64_t j = 0; j < count; ++j) {
+    constexpr int64_t kAhead = 6;
+    fetch(first + j + kAhead, std::min(first + j + kAhead + 1, first + count));
     if (direct_) {
-      constexpr int64_t kAhead = 6;
-      fetch(first + j + kAhead, std::min(first + j + kAhead + 1, first + count));
       std::memcpy(
           scratch + j * stride, static_cast<const char*>(weight_.const_data_ptr()) + ids[j] * row,
           hidden_ * words_.element());
@@ -124,13 +129,14 @@ Weight::Rows Weight::tile(int64_t first, int64_t count, char* scratch) const {
 
 void Weight::fetch(int64_t first, int64_t last) const {
   constexpr int64_t kLine = 64;
-  if (!order_.defined() || !direct_) {
+  if (!order_.defined() || weight_.stride(1) != 1) {
     return;
   }
   const int64_t* ids = order_.const_data_ptr<int64_t>();
+  const int64_t element = weight_.element_size();
   for (int64_t j = first; j < last; ++j) {
-    const char* row = static_cast<const char*>(weight_.const_data_ptr()) + ids[j] * weight_.stride(0) * words_.element();
-    for (int64_t at = 0; at < hidden_ * words_.element(); at += kLine) {
+    const char* row = static_cast<const char*>(weight_.const_data_ptr()) + ids[j] * weight_.stride(0) * element;
+    for (int64_t at = 0; at < hidden_ * element; at += kLine) {
       __builtin_prefetch(row + at, 0, 2);
     }
   }
