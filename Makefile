@@ -15,11 +15,13 @@ demo: setup
 	$(RUN) ssd_core.cli run --model $(DEMO)/SmolLM2-135M-Instruct --prompts demo --problems demo --preset demo \
 		--out $(DEMO)/run --resume
 
+# two at a time, whose waiting threads leave each other the cores
 test: setup
-	$(RUN) pytest -m "not all"
+	OMP_WAIT_POLICY=PASSIVE $(RUN) pytest -m "not all" -n 2
 
-# every instruction set, sanitizers, packaging in environments of its own, killed and resumed runs
+# every instruction set, sanitizers, other compilers, packaging in environments of its own, killed and resumed runs
 test-all: setup
+	$(RUN) pip install --quiet ziglang
 	$(RUN) pytest -m "all and not interpreted"
 
 # all that the other backends are asked, of backend "triton" by both routes in Triton's interpreter: an hour
@@ -30,7 +32,7 @@ test-triton: setup
 test-asan: setup
 	$(RUN) pytest -m all tests/test_sanitizers.py
 
-# another compiler and another architecture; with what this installs, test-all does it too
+# the part of it that compiles with another compiler and for another architecture
 test-portability: setup
 	$(RUN) pip install --quiet ziglang
 	$(RUN) pytest -m all tests/test_portability.py

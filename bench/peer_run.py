@@ -144,6 +144,12 @@ def train_ours(job):
     return _training(job, [tokens / line["tokens_per_second"] for line in lines])
 
 
+def train_without_kernels(job):
+    """Backend "torch", as where there is no extension: what the compiled kernels gain."""
+    _leave_out_the_extension()
+    return train_ours(job)
+
+
 def train_hf(job):
     """transformers' Trainer, the model's own loss. Without autocast the optimizer works on the 16-bit weights and
     rounds small steps away; ours keeps float32 masters."""
@@ -207,6 +213,11 @@ def distill_ours(job):
     return _distillation(job, seconds, drawn, spent["sample"], sum(line["tokens"] for line in lines), spent["train"])
 
 
+def distill_without_kernels(job):
+    _leave_out_the_extension()
+    return distill_ours(job)
+
+
 def distill_trl(job):
     """SSDTrainer. All completions are drawn before the first step, and so in one batch, which is its fastest way; its
     defaults save a checkpoint after the last step, as ours does."""
@@ -254,6 +265,12 @@ def _distillation(job, seconds, drawn, generation, trained, training) -> dict:
 
 
 # -- what they share ---------------------------------------------------------------------------------------------------
+
+def _leave_out_the_extension():
+    from ssd_core import native
+
+    native._load = lambda: (None, "left out, to be compared with")
+
 
 def _dtype(job):
     import torch

@@ -50,9 +50,11 @@ PEERS = (
     Peer("HF generate_batch", "generate", "generate_hf_batch"),
     Peer("vLLM", "generate", "generate_vllm", "vllm"),
     Peer("ssd-core train", "train", "train_ours"),
+    Peer("ssd-core train, no kernels", "train", "train_without_kernels"),
     Peer("HF Trainer (autocast)", "train", "train_hf", autocast=True),
     Peer("HF Trainer (no master weights)", "train", "train_hf"),
     Peer("ssd-core self_distill", "distill", "distill_ours"),
+    Peer("ssd-core self_distill, no kernels", "distill", "distill_without_kernels"),
     Peer("TRL SSDTrainer (autocast)", "distill", "distill_trl", "trl", autocast=True),
     Peer("TRL SSDTrainer (no master weights)", "distill", "distill_trl", "trl"),
 )

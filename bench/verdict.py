@@ -53,6 +53,16 @@ TARGETS = (
     *(Target("cuda", op, "llama-3-8b", "bfloat16", 1 / 0.65) for op in ("softmax", "cross_entropy", "distill")),
     Target("cuda", "sample", "qwen3-0.6b", "bfloat16", 120e-6, seconds=True),
 )
+# on a CPU: ours over a peer's time, at the workspace of the floor's target whatever the peer needs
+PEER_LIMITS = {
+    (LCE, "cut-cross-entropy torch_compile"): {"float32": 0.95, "bfloat16": 0.80},
+    (LCE, "PyTorch eager"): {"float32": 0.70, "bfloat16": 0.55},
+    (LCE, "PyTorch linear_cross_entropy(options)"): {"float32": 0.33, "bfloat16": 0.09},
+    ("sample", "HF warpers + multinomial"): {"float32": 1 / 80},
+    ("sample", "PyTorch, top k first"): {"float32": 1 / 2},
+}
+# on a CPU: gradient errors against float64, of exact variants over eager's, of filtered ones as they are
+EXACT_ERROR, FILTERED_ERROR = {"float32": 1.0, "bfloat16": 1 / 3}, {"float32": 4e-3, "bfloat16": 5e-3}
 SCALING = 1.8       # of one thread's time over two threads'
 DISTILL = {"cpu": 1.05, "cuda": 1.03}       # of hard cross-entropy's time, from a sparse teacher
 
@@ -65,7 +75,7 @@ def judge(result: dict) -> list[str]:
         if target.device in devices:
             lines += _target(result, target)
     for one in result["results"]:
-        lines += _peers(one) + _workspaces(one) + _scaling(one)
+        lines += _peers(one) + _peer_limits(one) + _errors(one) + _workspaces(one) + _scaling(one)
     return lines + _distill(result)
 
 
@@ -112,8 +122,54 @@ def _peers(one: dict) -> list[str]:
         fits = [row for row in ours if (row.get("extra_bytes") or 0) <= (peer.get("extra_bytes") or float("inf"))]
         if fits:
             ratio = min(row["time"]["median"] for row in fits) / peer["time"]["median"]
-            lines.append(f"{_met(ratio <= 1)}: {one['op']}, {one['case']}, {one['dtype']}, {one['device']}: "
-                         f"{ratio:.2f} of {peer['variant']}'s time, with no more memory")
+            lines.append(f"{_met(ratio <= 1)}: {_name(one)}: {ratio:.2f} of {peer['variant']}'s time, "
+                         "with no more memory")
+        elif ours:
+            lines.append(f"not measured: {_name(one)}: none of ours needs as little memory as {peer['variant']}")
+    return lines
+
+
+def _name(one: dict) -> str:
+    return f"{one['op']}, {one['case']}, N = {one['tokens']}, {one['dtype']}, {one['device']}"
+
+
+def _peer_limits(one: dict) -> list[str]:
+    lines = []
+    workspaces = {target.workspace for target in TARGETS if not target.filtered
+                  and all(one[name] == getattr(target, name) for name in ("device", "op", "case", "dtype", "frozen"))}
+    for peer in one["rows"]:
+        limit = PEER_LIMITS.get((one["op"], peer["variant"]), {}).get(one["dtype"])
+        if limit is None or one["device"] != "cpu" or one["axis"] or peer["status"] != "timed":
+            continue
+        for workspace in workspaces:
+            ours = [row["time"]["median"] for row in _ours(one, False, workspace)]
+            if ours:
+                ratio = min(ours) / peer["time"]["median"]
+                lines.append(f"{_met(ratio <= limit)}: {_name(one)}: {ratio:.3g} of {peer['variant']}'s time, "
+                             f"<= {limit:g}")
+    return lines
+
+
+def _errors(one: dict) -> list[str]:
+    """Of the compiled variants: the worse of d_input's and d_weight's."""
+    def error(row):
+        return max(row["errors"][name] for name in ("d_input", "d_weight") if name in row["errors"])
+
+    measured = [row for row in one["rows"] if row.get("errors") and row["status"] in ("right", "timed")]
+    if one["op"] != LCE or one["device"] != "cpu" or one["axis"] or one["dtype"] not in EXACT_ERROR:
+        return []
+    lines = []
+    eager = next((error(row) for row in measured if row["variant"] == "PyTorch eager"), None)
+    for row in measured:
+        if not row["variant"].startswith("ssd-core cpu"):
+            continue
+        name, found = f"{_name(one)}: {row['variant']}", error(row)
+        if "grad_filter" in row["variant"]:
+            limit = FILTERED_ERROR[one["dtype"]]
+            lines.append(f"{_met(found <= limit)}: {name}: gradient error {found:.1e}, <= {limit:g}")
+        elif eager:
+            ratio, limit = found / eager, EXACT_ERROR[one["dtype"]]
+            lines.append(f"{_met(ratio <= limit)}: {name}: {ratio:.2f} of eager's gradient error, <= {limit:.2f}")
     return lines
 
 

@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import HIP, PROGRAMS, configured
+from .launch import HIP, PROGRAMS, configured, float32_products
 from .logits import TRUNCATES, rounded
 
 
@@ -112,7 +112,7 @@ def _input_product(
             column = tile * TILE + tl.arange(0, TILE)
             inside = column < columns
             ids = tl.load(order_ptr + column, mask=inside, other=0)
-            w = tl.load(weight_ptr + ids[:, None] * weight_stride + d[None, :] * weight_step,
+            w = tl.load(weight_ptr + ids[:, None] * weight_stride + (wide + d)[None, :] * weight_step,
                         mask=inside[:, None] & (d < hidden)[None, :], other=0.0)
             if w.dtype != grad_ptr.dtype.element_ty:
                 w = rounded(w.to(tl.float32), grad_ptr.dtype.element_ty)
@@ -196,7 +196,7 @@ class FilteredRows:
         _input_product[(groups, triton.cdiv(hidden, block))](
             grad, grad.stride(0), weight, *weight.stride(), self.order, self.rows, self.rows.stride(0), self.counts,
             out, out.stride(0), out.stride(1), len(self.order), hidden, tiles, groups, TILE=self.tile,
-            PRECISION=_precision(), BLOCK_R=of.rows, BLOCK_D=block, num_warps=of.warps)
+            PRECISION=float32_products(), BLOCK_R=of.rows, BLOCK_D=block, num_warps=of.warps)
         return out.sum(0)
 
     def add_weight_product(self, grad, x, out) -> None:
@@ -205,7 +205,7 @@ class FilteredRows:
         block, columns = of.hidden_block(hidden), min(of.columns, self.tile)
         _weight_product[(len(self.active) * self.tile // columns, triton.cdiv(hidden, block))](
             grad, grad.stride(0), x, x.stride(0), self.order, self.rows, self.rows.stride(0), self.counts, out,
-            out.stride(0), len(self.order), hidden, TILE=self.tile, PRECISION=_precision(), BLOCK_R=of.rows,
+            out.stride(0), len(self.order), hidden, TILE=self.tile, PRECISION=float32_products(), BLOCK_R=of.rows,
             BLOCK_C=columns, BLOCK_D=block, num_warps=of.warps)
 
 
@@ -217,8 +217,3 @@ def groups_of(tiles: int, hidden: int, dtype: torch.dtype) -> int:
 
 def _product(of: str, dtype: torch.dtype):
     return configured(f"{of}{8 * dtype.itemsize}", HIP)
-
-
-def _precision() -> str:
-    """Of products of float32, as PyTorch's own are."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"

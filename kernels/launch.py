@@ -106,6 +106,11 @@ def has_tensor_memory_accelerator(device: torch.device) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
 
 
+def float32_products() -> str:
+    """As precise as PyTorch's own. Of the two ways to ask, the older raises where the newer has been used."""
+    return "ieee" if HIP or torch.backends.cuda.matmul.fp32_precision != "tf32" else "tf32"
+
+
 def multiprocessors(device: torch.device) -> int:
     """The interpreter has one program after another, and so few."""
     return 3 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count

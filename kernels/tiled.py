@@ -29,7 +29,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import cross_entropy as ce
 from . import logprob as lp
-from .launch import has_tensor_memory_accelerator, multiprocessors, tiles
+from .launch import float32_products, has_tensor_memory_accelerator, multiprocessors, tiles
 from .logits import NO_ID, TRUNCATES, capped, nearest_bfloat16, store_slope
 
 NOWHERE = tl.constexpr(2**31 - 1)
@@ -349,12 +349,11 @@ class Head:
         by_descriptor = self.by_descriptor
         given = [(TensorDescriptor.from_tensor(tensor, block) if by_descriptor else tensor, *tensor.stride())
                  for tensor, block in zip(operands, blocks, strict=True)]
-        precise = torch.version.hip is not None or torch.backends.cuda.matmul.fp32_precision != "tf32"
         programs = min(multiprocessors(self.x.device), triton.cdiv(rows, found.rows) * work)
         kernel[(programs,)](
             *given[0], *given[1], self.x if self.bias is None else self.bias, *arguments, rows=rows, columns=columns,
             hidden=hidden, scale=self.scale, softcap=self.softcap, HAS_BIAS=self.bias is not None,
-            HAS_SOFTCAP=self.softcap > 0, TMA=by_descriptor, PRECISION="ieee" if precise else "tf32",
+            HAS_SOFTCAP=self.softcap > 0, TMA=by_descriptor, PRECISION=float32_products(),
             BLOCK_N=found.rows, BLOCK_V=found.columns, BLOCK_D=found.terms, GROUP=found.group, num_warps=found.warps,
             num_stages=found.stages, **options)
 

@@ -50,12 +50,12 @@ def one_of(value: str, argument: str, choices: tuple[str, ...]) -> None:
     expect(value in choices, argument, f"{', '.join(others)} or {last}", repr(value))
 
 
-def labels_in_range(labels: torch.Tensor, vocab: int, argument: str) -> None:
-    """On CPU, name the first label outside [0, V). On an accelerator that would cost a synchronisation: there the
-    loss of such a token is NaN."""
-    if labels.device.type != "cpu" or labels.numel() == 0:
+def labels_in_range(labels: torch.Tensor, used: torch.Tensor, vocab: int, argument: str) -> None:
+    """On CPU, name the first label outside [0, V) of those that are used. On an accelerator that would cost a
+    synchronisation: there the loss of such a token is NaN."""
+    if labels.device.type != "cpu":
         return
-    bad = (labels < 0) | (labels >= vocab)
+    bad = ((labels < 0) | (labels >= vocab)) & used
     if bad.any():
         label = labels[bad].flatten()[0].item()
         raise IndexError(f"{argument}: expected labels in [0, {vocab}) or ignore_index, got {label}")

@@ -265,15 +265,15 @@ def _cost(demand: Demand, rows: int, recomputed: float) -> float:
     """Of a call in products: those that any plan needs, the logits computed and looked at again, ``LOOK`` bytes for 2 D
     FLOP, and d_weight added up, 8 bytes for 2 ``rows`` FLOP."""
     itemsize = demand.dtype.itemsize
-    if demand.held is not None:
-        multiplied = native.product_itemsize(demand.dtype)
-        balance, again = COMPILED_BALANCE[multiplied], recomputed * COMPILED_AGAIN[multiplied]
-    else:
+    # what the gradient filter leaves of d_weight is added up at the end
+    added_up = demand.d_weight and not demand.filtered
+    if demand.held is None:
         balance = BALANCE[itemsize][demand.device.type != "cpu"]
         again = recomputed * (1 + LOOK * balance / (2 * demand.hidden))
-    # what the gradient filter leaves of d_weight is added up at the end
-    added_up = demand.d_weight and not demand.filtered and rows < demand.tokens
-    if not added_up:
+        return 3 + again + (4 * balance / rows if added_up else 0)
+    multiplied = native.product_itemsize(demand.dtype)
+    balance, again = COMPILED_BALANCE[multiplied], recomputed * COMPILED_AGAIN[multiplied]
+    if not added_up or rows >= demand.tokens:
         return 3 + again
-    # in float32: of 16 bits it is cleared and at the end rounded, too
+    # in float32: of 16 bits it is cleared before and rounded at the end, too
     return 3 + again + 4 * balance / rows + (4 * balance / demand.tokens if itemsize == 2 else 0)

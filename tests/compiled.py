@@ -7,11 +7,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = ("tests/ops", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_cpu*.py")),
-         "tests/test_native.py", "tests/test_fuzz.py")
+         "tests/test_native.py", "tests/test_logit_rows.py", "tests/test_fuzz.py")
 # The cases of tests/ops have the backend's name; "auto" of the superset is served by it. What looks at threads, time,
 # all instruction sets or the way the extension was built has nothing to gain.
-CHOICE = " and not ".join(("(cpu or native or fuzz or (superset and auto))", "threads", "instruction_sets", "isa",
-                           "vectorised", "openmp", "build_info"))
+CHOICE = " and not ".join(("(cpu or native or logit_rows or fuzz or (superset and auto))", "threads",
+                           "instruction_sets", "isa", "vectorised", "openmp", "build_info"))
 
 
 def run_tests(*arguments, files=FILES, choice=CHOICE, processes=None, **environment):

@@ -144,6 +144,13 @@ def test_all_logits_of_a_tile_are_minus_infinity():
     check(x, w, b, ids.clamp(min=512), *rest)
 
 
+def test_smoothing_over_a_tile_of_minus_infinity():
+    x, w, b, ids, *rest = problem(5, 8, 800, torch.float32)
+    b[:512] = -torch.inf
+    loss, nll, *_ = call(x, w, b, ids.clamp(min=512), *rest, label_smoothing=0.1)
+    assert (loss == torch.inf).all() and nll.isfinite().all()
+
+
 def test_no_rows():
     x, w, b, ids, probs, c, scale = problem(0, 8, 20, torch.float32)
     loss, _, _, d_input, d_weight, d_bias = call(x, w, b, ids, probs, c, scale)

@@ -277,3 +277,17 @@ def test_every_kernel_has_a_variant():
                   if isinstance(value, triton.JITFunction) and value.fn.__module__ == found.__name__
                   and any(p.name.endswith("_stride") for p in value.params)}
     assert there == {(variant.module, variant.function) for variant in VARIANTS}
+
+
+@pytest.mark.skipif(torch.version.hip is not None, reason="AMD's have one precision")
+def test_products_of_float32_are_as_precise_as_pytorch_s():
+    """pytorch #166387: after the new setting, the older one raises when it is read."""
+    from ssd_core.kernels.launch import float32_products
+
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        for precision in ("tf32", "ieee"):
+            torch.backends.cuda.matmul.fp32_precision = precision
+            assert float32_products() == precision
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before

@@ -262,9 +262,10 @@ void moments(const float* v, int64_t rows, const float* max, float slope, float*
 void spread(const float* v, int64_t rows, const float* max, const float* class_weight, float* sum) {
   for (int lane = 0; lane < kPanel; lane += kLanes) {
     const Vec most = load(max + lane);
+    const Vec top = pick(most == all_lanes(-__builtin_inff()), Vec{}, most);
     Vec total{};
     for (int64_t j = 0; j < rows; ++j) {
-      const Vec x = most - load(v + j * kPanel + lane);
+      const Vec x = top - load(v + j * kPanel + lane);
       total += class_weight ? class_weight[j] * x : x;
     }
     keep(sum + lane, total);

@@ -42,7 +42,7 @@ def _linear_logprob(
     """``(total, logprob, entropy, lse, argmax, d_input, d_weight, d_bias)``: see ``_linear_cross_entropy``."""
     group = groups.find(process_group)
     vocab = groups.total(len(linear_weight), input.device, group)
-    checks.labels_in_range(ids[valid], vocab, "target")
+    checks.labels_in_range(ids, valid, vocab, "target")
     rows = tokens.counting(valid)
     serving = backends.choose(
         "linear_logprob", input.device, dtype, backend, ["process_group"] if process_group else [])

@@ -23,7 +23,7 @@ def _logprob(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``(total, logprob, entropy, lse, argmax, d_logits)``: see ``_linear_cross_entropy``."""
-    checks.labels_in_range(ids[valid], logits.shape[1], "target")
+    checks.labels_in_range(ids, valid, logits.shape[1], "target")
     rows = tokens.counting(valid)
     function = backends.resolve("logprob", logits.device, logits.dtype, backend)
     *results, d_logits = function(

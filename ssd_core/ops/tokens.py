@@ -140,7 +140,7 @@ def of_rows(values, rows):
 def check_target_values(ids, probs, valid, vocab: int, name: str) -> None:
     """Ids of the tokens that count, where they have weight, are in [0, V), and weights not negative (on CPU)."""
     used = valid.unsqueeze(-1) if probs is None else (probs > 0) & valid.unsqueeze(-1)
-    checks.labels_in_range(ids[used], vocab, name if probs is None else f"{name}.ids")
+    checks.labels_in_range(ids, used, vocab, name if probs is None else f"{name}.ids")
     if probs is not None:
         checks.not_negative(probs, f"{name}.probs")
 

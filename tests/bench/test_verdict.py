@@ -46,6 +46,32 @@ def test_peers_are_beaten_with_no_more_memory_only():
     assert lines(results(row("cpu", 1, 1), peer), "peer's time")[0].startswith("met")
     assert lines(results(row("cpu", 3, 3), peer), "peer's time")[0].startswith("missed")
     assert lines(results(row("cpu", 1, 1, extra=200), peer), "peer's time") == []
+    assert lines(results(row("cpu", 1, 1, extra=200), peer), "as little memory")[0].startswith("not measured")
+
+
+def test_limits_over_a_peer_are_at_the_target_s_workspace():
+    eager = row("PyTorch eager", 2, 2, extra=10, ours=False, workspace=None)
+
+    def over(*rows):
+        return lines(results(eager, *rows), "<= 0.7")
+
+    assert over(row("cpu", 1.2, 1), row("cpu", 1, 1, workspace=256)) == [
+        "met: linear_cross_entropy, smollm2, N = 2048, float32, cpu: 0.6 of PyTorch eager's time, <= 0.7"]
+    assert over(row("cpu", 1.5, 1), row("cpu", 1, 1, workspace=256))[0].startswith("missed")
+    assert over(row("cpu", 1, 1, workspace=256)) == []
+
+
+def test_gradient_errors():
+    def with_errors(variant, d_input, d_weight, ours=True):
+        return {**row(variant, 1, 1, ours=ours), "errors": {"value": 1, "d_input": d_input, "d_weight": d_weight}}
+
+    eager = with_errors("PyTorch eager", 1e-5, 3e-5, ours=False)
+    exact, filtered = "ssd-core cpu, 64 MiB", "ssd-core cpu, 64 MiB, grad_filter=0.01"
+    assert lines(results(eager, with_errors(exact, 2e-5, 1e-5)), "of eager's")[0].startswith("met")
+    assert lines(results(eager, with_errors(exact, 1e-5, 4e-5)), "of eager's")[0].startswith("missed")
+    assert lines(results(eager, with_errors(exact, 2e-5, 1e-5), dtype="bfloat16"), "of eager's")[0].startswith("missed")
+    assert lines(results(eager, with_errors(filtered, 1e-3, 3.9e-3)), "<= 0.004")[0].startswith("met")
+    assert lines(results(eager, with_errors(filtered, 1e-3, 4.1e-3)), "<= 0.004")[0].startswith("missed")
 
 
 def test_a_broken_workspace_is_named():
