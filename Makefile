@@ -16,8 +16,9 @@ demo: setup
 		--out $(DEMO)/run --resume
 
 # two at a time, whose waiting threads leave each other the cores
+test: export OMP_WAIT_POLICY ?= PASSIVE
 test: setup
-	OMP_WAIT_POLICY=PASSIVE $(RUN) pytest -m "not all" -n 2
+	$(RUN) pytest -m "not all" -n 2
 
 # every instruction set, sanitizers, other compilers, packaging in environments of its own, killed and resumed runs
 test-all: setup

@@ -11,13 +11,19 @@ of ours, 1.2 times as long as the library's (a guess, in ``plan.TILED``), which 
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Optional
 
 import typer
 from ssd_core.bench.cases import HEADS, Head
 
 from ssd_core.checks import UsageError
 from ssd_core.plan import MIB, TILED
+
+HEADING = """# What a GPU should need: predicted, not measured
+
+Of backend "triton", by arithmetic from what a chip can do: floor / prediction, and their ratio; behind it that of the
+tiled route. `python -P -m ssd_core.bench.roofline --out bench/ROOFLINE.md` writes this page."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +162,7 @@ def main(
     tokens: Annotated[int, typer.Option(min=1)] = 8192,
     workspace: Annotated[int, typer.Option(min=1, help="MiB")] = 1024,
     with_occupancy: Annotated[bool, typer.Option("--occupancy", help="that of each kernel, which compiles it")] = False,
+    out: Annotated[Optional[Path], typer.Option(help="Markdown file to write")] = None,  # noqa: UP045
 ):
     """Floors and predictions of backend "triton"."""
     for given, known, name in ((ops, WORK, "ops"), (cases, HEADS, "cases")):
@@ -163,11 +170,13 @@ def main(
             raise UsageError(f"{name}: expected some of {', '.join(known)}, got {sorted(unknown)}")
     found = [predict(op, case, HEADS[case], chip, tokens, workspace * MIB)
              for op in ops.split(",") for case in cases.split(",") for chip in CHIPS]
-    print("\n".join(f"{chip.name}: {chip.flops / 1e12:.0f} TFLOP/s, {chip.bandwidth / 1e12:.1f} TB/s ({chip.source})"
-                    for chip in CHIPS))
-    print(f"\n{table(found, tokens)}")
+    parts = ["\n".join(f"- {chip.name}: {chip.flops / 1e12:.0f} TFLOP/s, {chip.bandwidth / 1e12:.1f} TB/s "
+                       f"({chip.source})" for chip in CHIPS), table(found, tokens)]
     if with_occupancy:
-        print(f"\n{occupancy()}")
+        parts.append(occupancy())
+    print("\n\n".join(parts))
+    if out:
+        out.write_text("\n\n".join([HEADING, *parts]) + "\n")
 
 
 if __name__ == "__main__":

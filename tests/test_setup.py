@@ -352,4 +352,4 @@ def test_makefile_chooses_python(machine, arguments, environment, expected):
         cwd="/", env={"PATH": os.environ["PATH"], **environment}, capture_output=True, text=True, check=True)
     setup, test = done.stdout.splitlines()
     assert setup == f'sh .ci/setup "{expected}" .venv'
-    assert test == f'"{expected or ".venv/bin/python"}" -P -m pytest -m "not all"'
+    assert test == f'"{expected or ".venv/bin/python"}" -P -m pytest -m "not all" -n 2'

@@ -175,29 +175,43 @@ def test_why_it_is_missing(monkeypatch):
 # -- what the interpreter does wrong: the kernels go around it; if it is mended, so can they be ------------------------
 
 
-def test_the_interpreter_cuts_bfloat16_off_instead_of_rounding():
-    found = interpreted("""
-import torch, triton, triton.language as tl
+def floats_of_a_kernel(body, code):
+    """What ``code`` prints, which calls a kernel of x_ptr, y_ptr and this body in the interpreter."""
+    return [float(word) for word in interpreted(f"""
+import importlib.util, pathlib, tempfile, torch
 source = '''
 import triton
 import triton.language as tl
 @triton.jit
-def copy(x_ptr, y_ptr):
-    tl.store(y_ptr, tl.load(x_ptr).to(tl.bfloat16))
+def kernel(x_ptr, y_ptr):
+    {body}
 '''
-import importlib.util, tempfile, pathlib
 with tempfile.TemporaryDirectory() as folder:
-    path = pathlib.Path(folder, "copy_kernel.py")
+    path = pathlib.Path(folder, "a_kernel.py")
     path.write_text(source)
-    spec = importlib.util.spec_from_file_location("copy_kernel", path)
+    spec = importlib.util.spec_from_file_location("a_kernel", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    x, y = torch.tensor([1 + 255 / 2**15]), torch.empty(1, dtype=torch.bfloat16)
-    module.copy[(1,)](x, y)
-    print(y.item(), x.to(torch.bfloat16).item())
-""")
-    ours, right = map(float, found.split())
+    {code}
+""").split()]
+
+
+def test_the_interpreter_cuts_bfloat16_off_instead_of_rounding():
+    ours, right = floats_of_a_kernel(
+        "tl.store(y_ptr, tl.load(x_ptr).to(tl.bfloat16))",
+        "x, y = torch.tensor([1 + 255 / 2**15]), torch.empty(1, dtype=torch.bfloat16); module.kernel[(1,)](x, y); "
+        "print(y.item(), x.to(torch.bfloat16).item())")
     assert right == 1.0078125 and ours == 1.0, "it rounds now: kernels.logits.TRUNCATES can go"
+
+
+def test_the_interpreter_multiplies_the_bits_of_bfloat16():
+    """tl.dot of bfloat16 is silently wrong there: in the interpreter the kernels multiply in float32."""
+    ours, right = floats_of_a_kernel(
+        "i = tl.arange(0, 16)[:, None] * 16 + tl.arange(0, 16)[None, :]; x = tl.load(x_ptr + i); "
+        "tl.store(y_ptr + i, tl.dot(x, x))",
+        "x, y = torch.eye(16, dtype=torch.bfloat16), torch.empty(16, 16); module.kernel[(1,)](x, y); "
+        "print(y[0, 0].item(), (x @ x)[0, 0].item())")
+    assert right == 1 and ours != 1, "it multiplies now: kernels.tiled and kernels.grad_filter need not widen"
 
 
 # -- compiled ahead of time -------------------------------------------------------------------------------------------
@@ -254,9 +268,12 @@ def test_a_kernel_compiles_for_hopper():
 
 @pytest.mark.all
 def test_all_kernels_compile_for_all_targets():
-    from ssd_core.bench.resources import TARGETS, VARIANTS, everything
+    from ssd_core.bench.resources import TARGETS, VARIANTS, everything, table
 
     found = list(everything())
+    page = (ROOT / "bench/RESOURCES.md").read_text()
+    if f"Triton {triton.__version__}," in page:
+        assert table(found) in page, "the page is of other kernels"
     assert len(found) == sum(target in variant.targets for variant in VARIANTS for target in TARGETS)
     check_resources(found)
 

@@ -1,8 +1,11 @@
 """Predictions of a GPU's time."""
 
+import inspect
+from pathlib import Path
+
 import pytest
 from ssd_core.bench.cases import Head
-from ssd_core.bench.roofline import CHIPS, WORK, Chip, predict, product
+from ssd_core.bench.roofline import CHIPS, WORK, Chip, main, predict, product
 from ssd_core.bench.verdict import TARGETS
 
 from ssd_core.plan import TILED
@@ -46,3 +49,10 @@ def test_programs_side_by_side():
 @pytest.mark.parametrize("op", sorted({target.op for target in TARGETS if target.device == "cuda"}))
 def test_what_has_a_target_on_a_gpu_has_a_prediction(op):
     assert op in WORK
+
+
+def test_the_page_says_what_is_predicted_now(tmp_path):
+    written = tmp_path / "ROOFLINE.md"
+    usual = {name: parameter.default for name, parameter in inspect.signature(main).parameters.items()}
+    main(**usual | {"out": written})
+    assert written.read_text() == (Path(__file__).resolve().parents[2] / "bench/ROOFLINE.md").read_text()
