@@ -74,8 +74,8 @@ CLOSE = "import os\nfor fd in range(20):\n    try: os.close(fd)\n    except OSEr
 )
 def test_timeout(source):
     begin = time.monotonic()
-    outcome = run_program(source, timeout=0.5)
-    assert outcome.status == "timeout" and outcome.detail == "still running after 0.5 s"
+    outcome = run_program(source, timeout=2)        # in which the sandbox starts on a busy machine, too
+    assert outcome.status == "timeout" and outcome.detail == "still running after 2 s"
     assert time.monotonic() - begin < 5
 
 
