@@ -18,7 +18,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssd_core import SparseTarget, TeacherHidden, linear_cross_entropy, linear_distill, linear_logprob
+from ssd_core import (
+    SparseTarget,
+    TeacherHidden,
+    linear_cross_entropy,
+    linear_distill,
+    linear_logprob,
+    release_workspace,
+)
 from ssd_core import plan as plans
 from ssd_core.chunked.logits import block_elements
 from ssd_core.plan import MIB, Demand, plan_chunks
@@ -90,6 +97,7 @@ def probe(name, n, d, v, dtype, workspace, backend, frozen):
         return torch.autograd.grad(loss, leaves)
 
     step()
+    release_workspace()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")       # resets the peak
