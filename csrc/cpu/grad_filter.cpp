@@ -266,7 +266,7 @@ void GradFilter::add_directions() {
     for (int64_t q = 0; q < width_; q += grid_.panel) {
       words_.floats->gemm(
           mass + begin * count_, count_ * 4, 4, wide.data() + q, width_ * 4,
-          directions_.mutable_data_ptr<float>() + begin * width_ + q, width_, end - begin, n, true);
+          directions_.mutable_data_ptr<float>() + begin * width_ + q, width_, end - begin, n, true, nullptr);
     }
   });
 }
@@ -281,7 +281,7 @@ void GradFilter::weight_products(int64_t tile, float* product) const {
     for (int64_t q = 0; q < width_; q += panel) {
       words_.kernels->gemm(
           a.data(), 4, kTile * 4, b.data() + q, width_ * 4, product + q, width_, grid_.rows(tile),
-          words_.words(filled), true);
+          words_.words(filled), true, nullptr);
     }
     filled = 0;
   };
@@ -366,11 +366,11 @@ void GradFilter::input_slice(int64_t tile, float* mean_row, uint32_t* slice) con
   const int64_t rows = grid_.rows(tile);
   const std::unique_ptr<char[]> scratch(new char[head_weight_->scratch() + 64]);
   const Weight::Rows w = head_weight_->tile(tile * kTile, rows, scratch.get());
-  words_.kernels->transposed_words(w.data, w.row, rows, hidden_, slice, slice_stride(width_));
+  words_.kernels->transposed_words(w.data, w.row, rows, hidden_, slice, slice_stride(width_), w.places);
   if (mean_row) {
     const std::vector<float> shape = shape_of(shares_[input_], tile);
     for (int64_t j = 0; j < rows; ++j) {
-      add_row(words_, w.data + j * w.row, shape[j], hidden_, mean_row);
+      add_row(words_, w.at(j), shape[j], hidden_, mean_row);
     }
   }
 }
@@ -397,7 +397,7 @@ void GradFilter::input_products(int64_t first_tile, int64_t last_tile, const uin
         for (int64_t q = begin; q < end; ++q) {
           words_.kernels->gemm(
               rows.words, words * 4, 4, slice + q * panel, stride * 4, product.data(), panel, rows.count,
-              words_.words(grid_.rows(t)), false);
+              words_.words(grid_.rows(t)), false, nullptr);
           for (int64_t k = 0; k < rows.count; ++k) {
             add_to_input(rows.begin + rows.tokens[k], q, product.data() + k * panel);
           }
@@ -438,7 +438,7 @@ void GradFilter::match_input(const float* mean_rows) {
       for (int64_t q = 0; q < width_ / panel; ++q) {
         words_.floats->gemm(
             shares_[input_].token_mass.data() + first, 4, count_ * 4, mean_rows + q * panel, width_ * 4, product.data(),
-            panel, n, divide_up(grid_.vocab, kTile), false);
+            panel, n, divide_up(grid_.vocab, kTile), false, nullptr);
         for (int64_t i = 0; i < n; ++i) {
           add_to_input(first + i, q, product.data() + i * panel);
         }

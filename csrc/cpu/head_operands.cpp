@@ -104,32 +104,26 @@ Weight::Weight(const at::Tensor& weight, at::ScalarType dtype, const Words& word
 }
 
 Weight::Rows Weight::tile(int64_t first, int64_t count, char* scratch) const {
-  const int64_t row = weight_.stride(0) * weight_.element_size(), stride = words_.words(hidden_) * 4;
-  if (!order_.defined()) {
-    if (direct_) {
-      return {static_cast<const char*>(weight_.const_data_ptr()) + first * row, row};
-    }
-    put(first, count, scratch, stride);
-    return {scratch, stride};
+  const int64_t* ids = order_.defined() ? order_.const_data_ptr<int64_t>() + first : nullptr;
+  if (direct_) {
+    const int64_t row = weight_.stride(0) * weight_.element_size();
+    return {static_cast<const char*>(weight_.const_data_ptr()) + (ids ? 0 : first * row), row, ids};
   }
-  const int64_t* ids = order_.const_data_ptr<int64_t>() + first;
-  for (int64_t j = 0; j < count; ++j) {
+  const int64_t stride = words_.words(hidden_) * 4;
+  if (!ids) {
+    put(first, count, scratch, stride);
+  }
+  for (int64_t j = 0; ids && j < count; ++j) {
     constexpr int64_t kAhead = 6;
     fetch(first + j + kAhead, std::min(first + j + kAhead + 1, first + count));
-    if (direct_) {
-      std::memcpy(
-          scratch + j * stride, static_cast<const char*>(weight_.const_data_ptr()) + ids[j] * row,
-          hidden_ * words_.element());
-    } else {
-      put(ids[j], 1, scratch + j * stride, stride);
-    }
+    put(ids[j], 1, scratch + j * stride, stride);
   }
-  return {scratch, stride};
+  return {scratch, stride, nullptr};
 }
 
 void Weight::fetch(int64_t first, int64_t last) const {
   constexpr int64_t kLine = 64;
-  if (!order_.defined() || weight_.stride(1) != 1) {
+  if (weight_.stride(1) != 1) {
     return;
   }
   const int64_t* ids = order_.const_data_ptr<int64_t>();
@@ -169,7 +163,7 @@ void multiply_tokens(
   for (int64_t k = 0; k < depth; k += block) {
     words.kernels->gemm(
         weight.data + k * 4, weight.row, 4, tokens + k * panel * 4, panel * 4, u, panel, rows,
-        std::min(block, depth - k), k > 0);
+        std::min(block, depth - k), k > 0, weight.places);
   }
 }
 

@@ -72,20 +72,22 @@ class Weight {
   // `order` (V,) int64, or undefined: which rows of weight follow each other.
   Weight(const at::Tensor& weight, at::ScalarType dtype, const Words& words, const at::Tensor& order);
 
-  int64_t scratch() const { return direct_ && !order_.defined() ? 0 : kTile * words_.words(hidden_) * 4; }
+  int64_t scratch() const { return direct_ ? 0 : kTile * words_.words(hidden_) * 4; }
 
   struct Rows {
     const char* data;
-    int64_t row;  // bytes
+    int64_t row;            // bytes
+    const int64_t* places;  // which rows of data; null: 0 and so on
+
+    const char* at(int64_t j) const { return data + (places ? places[j] : j) * row; }
   };
 
   // Rows `first` to `first + count`, as they are or made in `scratch`, of so many bytes as scratch() says.
   Rows tile(int64_t first, int64_t count, char* scratch) const;
-  // Into the cache, rows that tile() will copy from anywhere.
-  void fetch(int64_t first, int64_t last) const;
 
  private:
   void put(int64_t first, int64_t count, char* out, int64_t stride) const;
+  void fetch(int64_t first, int64_t last) const;  // into the cache, rows that tile() copies from anywhere
 
   const at::Tensor& weight_;
   at::ScalarType dtype_;

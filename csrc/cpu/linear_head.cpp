@@ -282,10 +282,10 @@ class Head {
       const char* b = static_cast<const char*>(by_coordinate_.const_data_ptr()) + q * depth * panel_ * 4;
       if (!narrow && width == panel_ && !call_.order.defined()) {
         float* c = d_weight_.mutable_data_ptr<float>() + all.first * hidden_ + q * panel_;
-        kernels_.gemm(by_row, row_bytes, 4, b, panel_ * 4, c, hidden_, all.own, depth, add);
+        kernels_.gemm(by_row, row_bytes, 4, b, panel_ * 4, c, hidden_, all.own, depth, add, nullptr);
         continue;
       }
-      kernels_.gemm(by_row, row_bytes, 4, b, panel_ * 4, product, panel_, all.own, depth, false);
+      kernels_.gemm(by_row, row_bytes, 4, b, panel_ * 4, product, panel_, all.own, depth, false, nullptr);
       for (int64_t j = 0; j < all.own; ++j) {
         store_floats(d_weight_, call_.id(all.first + j) * hidden_ + q * panel_, product + j * panel_, width, add);
       }
@@ -321,12 +321,13 @@ class Head {
         for (int64_t t = first_tile; width > 0 && t < last_tile && block(t, 0).own > 0; ++t) {
           const int64_t rows = block(t, 0).own;
           const Weight::Rows w = weight_.tile(t * kTile, rows, scratch.get());
-          kernels_.transposed_words(w.data + d0 * words_.element(), w.row, rows, width, slice.data(), stride);
+          kernels_.transposed_words(
+              w.data + d0 * words_.element(), w.row, rows, width, slice.data(), stride, w.places);
           for (int64_t p = p0; p < p1; ++p) {
             float* c = d_tokens_.mutable_data_ptr<float>() + (p * hidden_ + d0) * panel_;
             kernels_.gemm(
                 slice.data(), 4, stride * 4, kept_of(p, t, origin), words_.kept_row(), c, panel_, width,
-                words_.words(rows), t > 0);
+                words_.words(rows), t > 0, nullptr);
           }
         }
       }

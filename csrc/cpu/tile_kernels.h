@@ -14,9 +14,10 @@ namespace ssd_core::cpu {
 
 // c (m, panel) = [c +] a (m, k words) b (k words, panel): strides of a and b in bytes, of c in floats. The products
 // of a c_ij are summed in the order of k, whatever m, and then added: a long sum comes in parts and keeps its digits.
+// `a_places` (m,): which rows of a they are; null: 0 and so on.
 using Gemm = void (*)(
     const void* a, int64_t a_row, int64_t a_col, const void* b, int64_t b_row, float* c, int64_t c_row, int64_t m,
-    int64_t k, bool add);
+    int64_t k, bool add, const int64_t* a_places);
 
 // From raw outputs u to exponents: slope * (v - max v), v = u + b, or tanh((u + b) * cap_slope) with a softcap.
 struct TileOptions {
@@ -54,9 +55,10 @@ struct TileKernels {
   int64_t panel;
   Gemm gemm;
   // Words along the rows of w (rows, width), each word's elements below each other: out (words of rows, width), a
-  // product's transposed a. w_row in bytes, out_row in words.
+  // product's transposed a. w_row in bytes, out_row in words; w_places as a product's.
   void (*transposed_words)(
-      const void* w, int64_t w_row, int64_t rows, int64_t width, uint32_t* out, int64_t out_row);
+      const void* w, int64_t w_row, int64_t rows, int64_t width, uint32_t* out, int64_t out_row,
+      const int64_t* w_places);
   // u (rows, panel) -> v in place (rows even), max (panel,) over v; a NaN is passed over.
   void (*values)(float* u, int64_t rows, const float* bias, const TileOptions&, float* max);
   // exp(slope * (v - max)) and its sum (panel,); kept (e, or v) if kept is not null.

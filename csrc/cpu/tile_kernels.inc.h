@@ -17,9 +17,10 @@ constexpr int kVectors = SSD_CORE_PANEL_VECTORS;
 constexpr int kPanel = kVectors * kLanes;
 
 struct Float32Words {
-  static void transposed(const char* w, int64_t w_row, int64_t rows, int64_t width, uint32_t* out, int64_t out_row) {
+  template <class Row>
+  static void transposed(const Row& row, int64_t rows, int64_t width, uint32_t* out, int64_t out_row) {
     for (int64_t j = 0; j < rows; ++j) {
-      __builtin_memcpy(out + j * out_row, w + j * w_row, width * sizeof(float));
+      __builtin_memcpy(out + j * out_row, row(j), width * sizeof(float));
     }
   }
 
@@ -32,11 +33,12 @@ struct Float32Words {
 
 #ifdef SSD_CORE_BFLOAT16
 struct Bfloat16Pairs {
-  static void transposed(const char* w, int64_t w_row, int64_t rows, int64_t width, uint32_t* out, int64_t out_row) {
+  template <class Row>
+  static void transposed(const Row& row, int64_t rows, int64_t width, uint32_t* out, int64_t out_row) {
     for (int64_t j = 0; j < rows; j += 2, out += out_row) {
-      const auto* even = reinterpret_cast<const uint16_t*>(w + j * w_row);
-      const auto* odd = reinterpret_cast<const uint16_t*>(w + (j + 1) * w_row);
+      const auto* even = reinterpret_cast<const uint16_t*>(row(j));
       if (j + 1 < rows) {
+        const auto* odd = reinterpret_cast<const uint16_t*>(row(j + 1));
 #pragma omp simd
         for (int64_t d = 0; d < width; ++d) {
           out[d] = even[d] | static_cast<uint32_t>(odd[d]) << 16;
@@ -60,9 +62,9 @@ struct Bfloat16Pairs {
 
 template <class Words, int kM, bool kAdd>
 SSD_CORE_INLINE void multiply_rows(
-    const char* a, int64_t a_row, int64_t a_col, const char* b, int64_t b_row, float* c, int64_t c_row, int64_t k) {
+    const char* const* a, int64_t a_col, const char* b, int64_t b_row, float* c, int64_t c_row, int64_t k) {
   Vec sum[kM][kVectors] = {};
-  for (int64_t l = 0; l < k; ++l) {
+  for (int64_t l = 0, at = 0; l < k; ++l, at += a_col) {
     Vec x[kVectors];
 #pragma GCC unroll 16
     for (int j = 0; j < kVectors; ++j) {
@@ -72,10 +74,9 @@ SSD_CORE_INLINE void multiply_rows(
     for (int i = 0; i < kM; ++i) {
 #pragma GCC unroll 16
       for (int j = 0; j < kVectors; ++j) {
-        sum[i][j] = Words::add_product(sum[i][j], a + i * a_row, x[j]);
+        sum[i][j] = Words::add_product(sum[i][j], a[i] + at, x[j]);
       }
     }
-    a += a_col;
     b += b_row;
   }
 #pragma GCC unroll 16
@@ -91,20 +92,24 @@ SSD_CORE_INLINE void multiply_rows(
 template <class Words, bool kAdd>
 void multiply(
     const char* a, int64_t a_row, int64_t a_col, const char* b, int64_t b_row, float* c, int64_t c_row, int64_t m,
-    int64_t k) {
+    int64_t k, const int64_t* a_places) {
   int64_t i = 0;
-  for (; i + kRows <= m; i += kRows) {
-    multiply_rows<Words, kRows, kAdd>(a + i * a_row, a_row, a_col, b, b_row, c + i * c_row, c_row, k);
-  }
-  const auto rest = [&]<int kM>() __attribute__((always_inline)) {
-    multiply_rows<Words, kM, kAdd>(a + i * a_row, a_row, a_col, b, b_row, c + i * c_row, c_row, k);
+  const auto rows = [&]<int kM>() __attribute__((always_inline)) {
+    const char* row[kM];
+    for (int j = 0; j < kM; ++j) {
+      row[j] = a + (a_places ? a_places[i + j] : i + j) * a_row;
+    }
+    multiply_rows<Words, kM, kAdd>(row, a_col, b, b_row, c + i * c_row, c_row, k);
   };
+  for (; i + kRows <= m; i += kRows) {
+    rows.template operator()<kRows>();
+  }
   switch (m - i) {
-    case 5: return rest.template operator()<5>();
-    case 4: return rest.template operator()<4>();
-    case 3: return rest.template operator()<3>();
-    case 2: return rest.template operator()<2>();
-    case 1: return rest.template operator()<1>();
+    case 5: return rows.template operator()<5>();
+    case 4: return rows.template operator()<4>();
+    case 3: return rows.template operator()<3>();
+    case 2: return rows.template operator()<2>();
+    case 1: return rows.template operator()<1>();
     default: return;
   }
 }
@@ -112,14 +117,18 @@ void multiply(
 template <class Words>
 void gemm(
     const void* a, int64_t a_row, int64_t a_col, const void* b, int64_t b_row, float* c, int64_t c_row, int64_t m,
-    int64_t k, bool add) {
+    int64_t k, bool add, const int64_t* a_places) {
   const auto product = add ? multiply<Words, true> : multiply<Words, false>;
-  product(static_cast<const char*>(a), a_row, a_col, static_cast<const char*>(b), b_row, c, c_row, m, k);
+  product(
+      static_cast<const char*>(a), a_row, a_col, static_cast<const char*>(b), b_row, c, c_row, m, k, a_places);
 }
 
 template <class Words>
-void transposed_words(const void* w, int64_t w_row, int64_t rows, int64_t width, uint32_t* out, int64_t out_row) {
-  Words::transposed(static_cast<const char*>(w), w_row, rows, width, out, out_row);
+void transposed_words(
+    const void* w, int64_t w_row, int64_t rows, int64_t width, uint32_t* out, int64_t out_row,
+    const int64_t* w_places) {
+  const auto row = [=](int64_t j) { return static_cast<const char*>(w) + (w_places ? w_places[j] : j) * w_row; };
+  Words::transposed(row, rows, width, out, out_row);
 }
 
 // -- two rows of the vocabulary, at one vector of lanes: what is kept of them, and their gradient
