@@ -1,6 +1,7 @@
 #include "grad_filter.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
@@ -93,7 +94,7 @@ void GradFilter::allocate(
   for (const Share& share : shares_) {
     most += holds(share) ? count_ * grid.tiles * held_row() * 4 : 0;
   }
-  waiting_ = empty({std::min(held_limit_, most)}, at::TensorOptions(at::kByte));
+  waiting_ = at::empty({std::min(held_limit_, most)}, at::TensorOptions(at::kByte));
 }
 
 // Per token, skip the lightest tiles while their summed mass stays within the bound; of equal ones the first.
@@ -197,7 +198,7 @@ void GradFilter::make_room(int64_t first_tile, int64_t last_tile) {
   }
   if (coming > static_cast<int64_t>(waiting_.nbytes())) {  // nothing waits
     waiting_.reset();
-    waiting_ = empty({coming}, at::TensorOptions(at::kByte));
+    waiting_ = at::empty({coming}, at::TensorOptions(at::kByte));
   }
   for (Share& share : shares_) {
     if (holds(share)) {
@@ -306,7 +307,7 @@ void GradFilter::flush(bool last) {
   if (!last && wants_weight_ && !d_weight_sum_.defined()) {
     d_weight_sum_ = d_weight_.scalar_type() == at::kFloat
         ? d_weight_
-        : empty(d_weight_.sizes(), at::TensorOptions(at::kFloat));
+        : at::empty(d_weight_.sizes(), at::TensorOptions(at::kFloat));
   }
   const int64_t tiles = divide_up(grid_.vocab, kTile), step = 2 * counted_threads();
   const int64_t slice = words_.words(kTile) * slice_stride(width_);

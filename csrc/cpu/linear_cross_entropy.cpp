@@ -50,7 +50,7 @@ class CrossEntropyPass : public RowPass {
       spread_.allocate(grid);
     }
     if (scaled_) {
-      factor_ = empty({3 * grid.panels * grid.panel}, loss.options());
+      factor_ = at::empty({3 * grid.panels * grid.panel}, loss.options());
     }
   }
 

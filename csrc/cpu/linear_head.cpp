@@ -1,6 +1,7 @@
 #include "linear_head.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
@@ -49,7 +50,7 @@ class Head {
       filter_->close();
     }
     if (d_weight_.defined() && !call_.keep_float32 && d_weight_.scalar_type() != call_.weight.scalar_type()) {
-      d_weight_ = empty(call_.weight.sizes(), call_.weight.options()).copy_(d_weight_);
+      d_weight_ = at::empty(call_.weight.sizes(), call_.weight.options()).copy_(d_weight_);
     }
     if (d_bias_.defined() && call_.order.defined()) {
       d_bias_ = at::empty_like(d_bias_).index_copy_(0, call_.order, d_bias_);
@@ -83,7 +84,7 @@ class Head {
     if (needs_[1]) {
       const bool once = !call_.keep_float32 && (filtered_weight || count_ <= step_);
       const auto options = call_.weight.options().dtype(once ? call_.weight.scalar_type() : at::kFloat);
-      d_weight_ = count_ > 0 ? empty(call_.weight.sizes(), options) : at::zeros(call_.weight.sizes(), options);
+      d_weight_ = count_ > 0 ? at::empty(call_.weight.sizes(), options) : at::zeros(call_.weight.sizes(), options);
       if (!filtered_weight) {
         by_coordinate_ = bytes(divide_up(hidden_, panel_) * words_.words(chunk) * panel_ * 4);
       }
@@ -371,7 +372,7 @@ at::Tensor Chunk::of(const at::Tensor& x) const {
 void TileNumbers::allocate(const Grid& grid) {
   tiles_ = divide_up(grid.tiles, 2) * 2;
   width_ = grid.panel;
-  data_ = empty({grid.panels * tiles_ * width_}, at::TensorOptions(at::kFloat));
+  data_ = at::empty({grid.panels * tiles_ * width_}, at::TensorOptions(at::kFloat));
 }
 
 void TileNumbers::pad(const Grid& grid, float number) {

@@ -2,6 +2,7 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
@@ -51,7 +52,7 @@ void Teacher::allocate(const Grid& grid) {
   grid_ = grid;
   if (input_.defined()) {
     const int64_t words = grid.panels * words_.words(input_.size(1)) * grid.panel;
-    by_token_ = empty({std::max<int64_t>(words, 1) * 4}, at::TensorOptions(at::kByte));
+    by_token_ = at::empty({std::max<int64_t>(words, 1) * 4}, at::TensorOptions(at::kByte));
   }
 }
 
