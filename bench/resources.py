@@ -67,6 +67,9 @@ def _tiled_variants():
                      **flags)
         yield _tiled(f"tiled log-probability, look{through}", "_logprob_look", targets, HAS_SOFTCAP=True, **flags)
         yield _tiled(f"tiled log-probability, slope{through}", "_logprob_slope", targets, HAS_SOFTCAP=True, **flags)
+        for kernel in ("look", "slope"):
+            yield _tiled(f"tiled cross-entropy, {kernel}, float16{through}", f"_cross_entropy_{kernel}", targets,
+                         dtype="fp16", **flags)
     for precision in ("ieee", "tf32"):
         for kernel in ("look", "slope"):
             yield _tiled(f"tiled cross-entropy, {kernel}, float32 {precision}", f"_cross_entropy_{kernel}",
@@ -77,6 +80,9 @@ def _tiled_variants():
 
 # of a head, logits are float32 and the gradient that takes their place bfloat16
 WIDE = {"x_ptr": "*fp32", "grad_ptr": "*bf16"}
+HALF = {"x_ptr": "*fp32", "grad_ptr": "*fp16"}
+# of given logits: some tokens of them, and weights of everything
+SOME = {"BY_TOKEN": True, "HAS_TOKENS": True, "HAS_BIAS": True, "HAS_CLASS_WEIGHT": True, "HAS_LABEL_WEIGHT": True}
 CE = ("cross_entropy", "_rows", "cross_entropy")
 SPARSE, DENSE = ("distill", "_sparse_rows", "distill"), ("distill", "_dense_rows", "distill_dense")
 LOOK, THRESHOLD, SCORE, DRAW = (("sample", f"_{name}", launch) for name, launch in (
@@ -86,7 +92,9 @@ PRODUCT = {"out_ptr": "*fp32"}
 FLOATS = {**PRODUCT, "grad_ptr": "*fp32", "x_ptr": "*fp32", "weight_ptr": "*fp32"}
 VARIANTS = (
     _variant("cross-entropy, head", *CE, WIDE, HARD=True, NARROWED=True),
+    _variant("cross-entropy, float16 head", *CE, HALF, HARD=True, NARROWED=True),
     _variant("cross-entropy, bfloat16 logits", *CE, HARD=True),
+    _variant("cross-entropy, some of the logits, weights", *CE, HARD=True, **SOME),
     _variant("cross-entropy, softcap and smoothing", *CE, WIDE, HARD=True, NARROWED=True, HAS_SOFTCAP=True,
              SMOOTH=True),
     _variant("cross-entropy, masses of tiles", *CE, WIDE, HARD=True, NARROWED=True, LOOK=False, CARRY=True, TILE=256),
@@ -99,10 +107,14 @@ VARIANTS = (
     _variant("softmax, backward", "softmax", "_rows_backward", "softmax", LOG=False),
     *(_variant(f"{kind}, 20 ids", *SPARSE, WIDE, K=20, BLOCK_K=32, KIND=number, NARROWED=True)
       for number, kind in enumerate(("forward KL", "reverse KL", "JSD"))),
+    *(_variant(f"forward KL, 20 ids, {tail}", *SPARSE, WIDE, K=20, BLOCK_K=32, TAIL=number, NARROWED=True)
+      for number, tail in ((1, "renormalised"), (2, "on the support"))),
     _variant("forward KL, 20 ids, with cross-entropy", *SPARSE, WIDE, K=20, BLOCK_K=32, WITH_CE=True, HAS_LABELS=True,
              NARROWED=True),
     *(_variant(f"{kind}, dense", *DENSE, {**WIDE, "t_ptr": "*fp32"}, KIND=number, NARROWED=True)
       for number, kind in enumerate(("forward KL", "reverse KL", "JSD"))),
+    _variant("forward KL, dense, with cross-entropy", *DENSE[:2], "distill_dense_labels", {**WIDE, "t_ptr": "*fp32"},
+             WITH_CE=True, HAS_LABELS=True, HAS_SOFTCAP=True, T_HAS_SOFTCAP=True, NARROWED=True),
     _variant("filter, selection", "grad_filter", "_select", "select", TILE=256),
     _variant("filter, moments", "grad_filter", "_moments", "moments", TILE=256),
     *(_variant(f"filter, d_{operand}{name}", "grad_filter", f"_{operand}_product", f"{operand}{bits}", types, TILE=256)
@@ -114,6 +126,7 @@ VARIANTS = (
     _variant("sample, score of all tokens", *SCORE),
     _variant("sample, score of some tokens", *SCORE, LEAST=True, MIN_P=True),
     _variant("draw, top-k and top-p", *DRAW, PLACES, BOUNDED=True, TOP_P=True),
+    _variant("draw, 512 of 1,048,576", *DRAW, PLACES, BOUNDED=True, TOP_P=True, CAPACITY=2048, LIMIT=512, BLOCK_G=4096),
     _variant("draw, of scores", *DRAW, PLACES),
     _variant("draw, greedy", *DRAW, PLACES, GREEDY=True),
     *_tiled_variants(),

@@ -28,8 +28,9 @@ tiled route. `python -P -m ssd_core.bench.roofline --out bench/ROOFLINE.md` writ
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """``flops`` of a bfloat16 matrix product and ``bandwidth`` of a copy, bytes read and written, a second. ``threads``
-    and ``registers`` of a multiprocessor."""
+    """``flops`` of a bfloat16 matrix product and ``bandwidth`` of a copy, bytes read and written, a second. Of a
+    multiprocessor ``threads``, ``registers`` and bytes of ``shared`` memory, 1 KiB of which each program takes besides.
+    """
 
     name: str
     flops: float
@@ -37,10 +38,12 @@ class Chip:
     source: str
     threads: int = 2048
     registers: int = 65536
+    shared: int = 228 << 10
 
-    def programs(self, warps: int, registers: int) -> int:
+    def programs(self, warps: int, registers: int, shared: int) -> int:
         """Of a kernel side by side on one multiprocessor."""
-        return min(self.threads // (32 * warps), self.registers // (32 * warps * registers))
+        return min(self.threads // (32 * warps), self.registers // (32 * warps * registers),
+                   self.shared // (shared + 1024))
 
 
 CHIPS = (
@@ -66,12 +69,12 @@ TILED_HEAD = dataclasses.replace(HEAD, tiled=True)
 WORK = {
     "linear_cross_entropy": TILED_HEAD,
     "linear_distill": HEAD,
-    "linear_distill_hidden": Work(4, 0, 3 * (4 + 4) + 2, "both sides looked at three times"),
+    "linear_distill_hidden": Work(4, 0, 2 * (4 + 4) + 2, "forward KL: both sides looked at twice"),
     "linear_logprob": TILED_HEAD,
     "softmax": Work(0, 2 + 2, 2 + 2 + 2, "looked at twice"),
     "log_softmax": Work(0, 2 + 2, 2 + 2 + 2, "looked at twice"),
     "cross_entropy": Work(0, 2 + 2, 2 + 2 + 2, "looked at twice"),
-    "distill": Work(0, 2 + 2 + 2, 3 * (2 + 2) + 2, "both sides looked at three times"),
+    "distill": Work(0, 2 + 2 + 2, 2 * (2 + 2) + 2, "forward KL: both sides looked at twice"),
     "sample": Work(0, 2, 2, "looked at once, with top-k up to 512; again only what may be among the k largest"),
 }
 
@@ -148,7 +151,7 @@ def occupancy() -> str:
     by_variant: dict[str, list[str]] = {}
     for one in everything(tuple(target)):
         chip = target[one.target]
-        programs = chip.programs(one.warps, one.registers)
+        programs = chip.programs(one.warps, one.registers, one.shared)
         by_variant.setdefault(one.variant, []).append(
             f"{programs} of {one.warps} warps: {100 * 32 * programs * one.warps // chip.threads} %")
     return "\n".join([*lines, *(f"| {name} | {' | '.join(cells)} |" for name, cells in by_variant.items())])
@@ -156,7 +159,7 @@ def occupancy() -> str:
 
 def main(
     ops: Annotated[str, typer.Option(help="comma-separated")] =
-    "linear_cross_entropy,linear_distill_hidden,softmax,distill",
+    "linear_cross_entropy,linear_distill,linear_distill_hidden,linear_logprob,softmax,cross_entropy,distill",
     cases: Annotated[str, typer.Option(help=f"comma-separated: {', '.join(HEADS)}")] =
     "llama-3-8b,qwen2.5-7b,gemma-2-2b,gemma-3-1b",
     tokens: Annotated[int, typer.Option(min=1)] = 8192,

@@ -17,6 +17,7 @@ import typer
 from ssd_core.bench.cases import HEADS
 from ssd_core.bench.runs import runs
 from ssd_core.bench.table import BEGIN, END, table
+from ssd_core.bench.tune import tune
 
 from ssd_core.checks import UsageError
 from ssd_core.files import write_json
@@ -161,6 +162,7 @@ def memory_probe(job: str, variant: str):
 
 
 app.command()(runs)
+app.command()(tune)
 
 
 # -- lists

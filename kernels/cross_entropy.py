@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import row_launch
+from .launch import row_launch, unseen
 from .logits import NO_ID, load_logits, raised, store_slope, support_until
 
 TOP, TOTAL, PEAK, BELOW, WEIGHT, PLAIN, PLAIN_WEIGHT, STATE = (tl.constexpr(i) for i in range(8))
@@ -305,9 +305,8 @@ class CrossEntropyRows:
         count, k = self.ids.shape
         carry = not (look and finish)
         if carry and self.state is None:
-            self.state = torch.zeros(count, STATE.value + k, dtype=torch.float32, device=x.device)
-            self.state[:, [TOP.value, PEAK.value]] = -torch.inf
-            self.state[:, STATE.value :] = torch.nan
+            self.state = unseen(count, STATE.value + k, maxima=(TOP.value, PEAK.value), device=x.device,
+                                absent=(slice(STATE.value, None),))
         has_tokens = torch.is_tensor(self.tokens)
         class_weight = x if self.class_weight is None else self.class_weight[column:]
         dense = x if self.dense is None else self.dense[:, column:]

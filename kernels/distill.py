@@ -9,7 +9,8 @@ everything else, whose masses are p_tail = 1 - sum(p) and q_tail, the sum of wha
     dvalue/dz_j = q_j / q_tail r_tail - q_j sum(r)                          off it
     loss = factor * value + cross-entropy, whose weight is ce_factor (see ``kernels.cross_entropy``)
 
-See ``kernels.cross_entropy`` for the passes; a dense teacher's needs two looks, normalisers and terms.
+See ``kernels.cross_entropy`` for the passes; a dense teacher's needs two looks, normalisers and terms. Of a forward KL,
+sum(r) = -1 is known before: its terms are looked at together with the gradient, if one call does both.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ import triton
 import triton.language as tl
 
 from .cross_entropy import loss_of
-from .divergences import KINDS, divergence_terms
-from .launch import row_launch
+from .divergences import FORWARD, KINDS, divergence_terms
+from .launch import row_launch, unseen
 from .logits import NO_ID, load_logits, raised, store_slope, support_until
 
 BUCKET, RENORMALISE, SUPPORT = (tl.constexpr(tail) for tail in range(3))
@@ -273,6 +274,7 @@ def _dense_rows(
     lanes = tl.arange(0, BLOCK_V)
     NEVER: tl.constexpr = -float("inf")
     extent = tl.maximum(columns, t_columns)
+    TOGETHER: tl.constexpr = TERMS and FINISH and GRADIENT and KIND == FORWARD
 
     y = tl.load(labels_ptr + row) if HAS_LABELS else tl.full([], -1, tl.int64)
     top = tl.full([], NEVER, tl.float32)
@@ -336,8 +338,8 @@ def _dense_rows(
                 tl.store(state_ptr + WEIGHT, weight)
 
     log_total, t_log_total = tl.log(total), tl.log(t_total)
-    if TERMS:
-        values = tl.where(lanes == 0, value, 0.0)
+    values = tl.where(lanes == 0, value, 0.0)
+    if TERMS and not TOGETHER:
         owns = tl.where(lanes == 0, own, 0.0)
         for start in range(0, extent, BLOCK_V):
             offsets = start + lanes
@@ -354,28 +356,29 @@ def _dense_rows(
             tl.store(state_ptr + VALUE, value)
             tl.store(state_ptr + OWN, own)
 
+    ce_loss = 0.0
     if FINISH:
-        loss = factor * value
-        tl.store(results_ptr + results_stride + row, reported * value)
         if WITH_CE:
             ce_loss, nll, lse, on_q, sharp, each = _label_loss(
                 row, ce_top, ce_total, c_y, below, weight, label_weight_ptr, label_smoothing, vocab, z_loss, ce_factor,
                 HAS_LABELS, HAS_LABEL_WEIGHT, SMOOTH)
-            loss += ce_loss
             tl.store(results_ptr + 2 * results_stride + row, nll)
             tl.store(results_ptr + 3 * results_stride + row, lse)
-        tl.store(results_ptr + row, loss)
 
     if GRADIENT:
         row_scale = tl.load(row_scale_ptr + row)
         slope = row_scale * factor * inverse_temperature
-        for start in range(0, columns, BLOCK_V):
+        if TOGETHER:
+            own = -1.0
+        for start in range(0, extent if TOGETHER else columns, BLOCK_V):
             offsets = start + lanes
             mask, t_mask = offsets < columns, offsets < t_columns
             c = load_logits(x_ptr, bias_ptr, offsets, mask, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
             t = load_logits(t_ptr, t_bias_ptr, offsets, t_mask, t_scale, t_softcap, T_HAS_BIAS, T_HAS_SOFTCAP)
             log_q = c * inverse_temperature - top - log_total
-            _, pulls = divergence_terms(t * inverse_temperature - t_top - t_log_total, log_q, beta, KIND)
+            found, pulls = divergence_terms(t * inverse_temperature - t_top - t_log_total, log_q, beta, KIND)
+            if TOGETHER:
+                values += tl.where(offsets < extent, found, 0.0)
             g = slope * (pulls - tl.exp(log_q) * own)
             if WITH_CE:
                 g += row_scale * _label_slope(
@@ -383,6 +386,12 @@ def _dense_rows(
                     SMOOTH, HAS_CLASS_WEIGHT)
             g *= scale
             store_slope(grad_ptr, offsets, g, c, softcap, mask, HAS_SOFTCAP, NARROWED)
+
+    if FINISH:
+        if TOGETHER:
+            value = tl.sum(values, 0)
+        tl.store(results_ptr + results_stride + row, reported * value)
+        tl.store(results_ptr + row, factor * value + ce_loss)
 
 
 class DistillRows:
@@ -417,9 +426,9 @@ class DistillRows:
         carry = not (look and finish)
         k = 0 if self.ids is None else self.ids.shape[1]
         if carry and self.state is None:
-            self.state = torch.zeros(self.count, STATE.value + k, dtype=torch.float32, device=x.device)
-            self.state[:, [TOP.value, CE_TOP.value, T_TOP.value]] = -torch.inf
-            self.state[:, [LABEL.value, *range(STATE.value, STATE.value + k)]] = torch.nan
+            self.state = unseen(
+                self.count, STATE.value + k, maxima=(TOP.value, CE_TOP.value, T_TOP.value),
+                absent=(LABEL.value, slice(STATE.value, None)), device=x.device)
         has_tokens = torch.is_tensor(self.tokens)
         place = x if grad is None else grad
 
@@ -451,7 +460,8 @@ class DistillRows:
     ):
         """Of the teacher's raw outputs ``t``: (R, C') of the same columns, or by token (N, C')."""
         row_launch(
-            _dense_rows, "distill_dense", self.count, t if t.shape[1] > x.shape[1] else x, *outputs, t, t.stride(0),
+            _dense_rows, "distill_dense_labels" if self.options["WITH_CE"] else "distill_dense", self.count,
+            t if t.shape[1] > x.shape[1] else x, *outputs, t, t.stride(0),
             *tokens, bias, class_weight, t if t_bias is None else t_bias, *rows, x.shape[1], t.shape[1], first_id,
             **common,
             t_scale=t_scale, t_softcap=t_softcap, LOOK=look and (finish or step == 0),

@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import HIP, PROGRAMS, configured, float32_products
+from .launch import PROGRAMS, float32_products, products
 from .logits import TRUNCATES, rounded
 
 
@@ -176,11 +176,11 @@ class FilteredRows:
         _select[(rows,)](
             masses, masses.stride(0), ids, self.active, self.active.stride(0), stats, stats.stride(0), len(order),
             tiles, first_id, delta, K=ids.shape[1], TILE=tile, BLOCK_T=max(16, triton.next_power_of_2(tiles)),
-            num_warps=configured("select", HIP).warps)
+            num_warps=products("select").warps)
 
     def moments(self, grad, row_mass, column_mass) -> None:
         """Writes M (R, T) and adds to ``column_mass`` (V,) of what is skipped of ``grad`` (R, C); lists what stayed."""
-        (tiles, rows), of = self.active.shape, configured("moments", HIP)
+        (tiles, rows), of = self.active.shape, products("moments")
         self.rows = torch.empty(tiles, rows, dtype=torch.int32, device=grad.device)
         self.counts = torch.empty(tiles, dtype=torch.int32, device=grad.device)
         _moments[(tiles,)](
@@ -216,4 +216,4 @@ def groups_of(tiles: int, hidden: int, dtype: torch.dtype) -> int:
 
 
 def _product(of: str, dtype: torch.dtype):
-    return configured(f"{of}{8 * dtype.itemsize}", HIP)
+    return products(f"{of}{8 * dtype.itemsize}")

@@ -1,9 +1,13 @@
-"""Launch configurations: one that is known to be good for each op and chip family."""
+"""Launch configurations: one that is known to be good for each op and chip family, or what ``ssd-core bench tune``
+found to be faster on a device of this name and keeps in a file."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 import os
+from pathlib import Path
 
 import torch
 import triton
@@ -59,7 +63,8 @@ SMALL_TILES, LARGE_TILES = Tiles(16, 64, 16, 1, 1, 2, 6), Tiles(16, 8192, 64, 1,
 # Blocks are as large as leaves two programs a multiprocessor, 128 registers a thread: see bench/resources.py.
 ROWS = {
     "cross_entropy": Rows(4096, 8), "class_probabilities": Rows(2048, 8), "logprob": Rows(2048, 8),
-    "distill": Rows(2048, 8), "distill_dense": Rows(4096, 8), "softmax": Rows(4096, 8),
+    "distill": Rows(2048, 8), "distill_dense": Rows(4096, 8), "distill_dense_labels": Rows(1024, 4),
+    "softmax": Rows(4096, 8),
     "sample_look": Rows(2048, 8), "sample_threshold": Rows(1024, 8), "sample_score": Rows(1024, 8),
     "sample": Rows(1024, 8)}
 FILTER = {      # products by the bits of a number
@@ -78,10 +83,54 @@ def configured(op: str, hip: bool) -> Rows | Products:
     return dataclasses.replace(found, warps=found.warps // 2) if hip else found
 
 
+def tuned_file() -> Path:
+    """``SSD_CORE_LAUNCH``, or in the user's cache. It is read once, and written by ``ssd-core bench tune`` alone."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")      # as it is where nobody is at home
+    return Path(os.environ.get("SSD_CORE_LAUNCH") or os.path.join(cache, "ssd-core", "launch.json"))
+
+
+@functools.cache
+def everything_tuned() -> dict[str, dict[str, dict[str, int]]]:
+    """By device name and op: fields of a configuration."""
+    path = tuned_file()
+    if not path.exists():
+        return {}
+    known = ROWS | FILTER | {f"tiles{8 * size}": POINTER_TILES for size in (2, 4)}
+    try:
+        found = json.loads(path.read_text())
+        for op, fields in ((op, fields) for ops in found.values() for op, fields in ops.items()):
+            dataclasses.replace(known[op], **{name: int(value) for name, value in fields.items()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RuntimeError(
+            f"{path}: expected a file of `ssd-core bench tune`, tune anew or remove it ({error!r})") from None
+    return found
+
+
+@functools.cache
+def device_name(index: int | None) -> str:
+    return "interpreter" if INTERPRETED else torch.cuda.get_device_name(index)
+
+
+def tuned(device: torch.device | None = None) -> dict[str, dict[str, int]]:
+    """Of a device; None: the current one."""
+    index = None if device is None else device.index
+    if index is None and not INTERPRETED:
+        index = torch.cuda.current_device()
+    return everything_tuned().setdefault(device_name(index), {})
+
+
+def with_tuned(found, op: str, device: torch.device | None = None):
+    return dataclasses.replace(found, **tuned(device).get(op, {}))
+
+
+def products(op: str) -> Products:
+    return with_tuned(configured(op, HIP), op)
+
+
 def rows(op: str, columns: int) -> Rows:
     if INTERPRETED:
-        return SMALL if columns <= 4 * SMALL.block else LARGE
-    found = configured(op, HIP)
+        return with_tuned(SMALL if columns <= 4 * SMALL.block else LARGE, op)
+    found = with_tuned(configured(op, HIP), op)
     return dataclasses.replace(found, block=min(found.block, max(128, triton.next_power_of_2(max(1, columns)))))
 
 
@@ -93,11 +142,13 @@ def tiles_of(family: str, dtype: torch.dtype, by_descriptor: bool) -> Tiles:
 
 def tiles(columns: int, dtype: torch.dtype, device: torch.device, by_descriptor: bool) -> Tiles:
     if INTERPRETED:
-        return SMALL_TILES if columns <= 4 * SMALL.block else LARGE_TILES
-    if torch.version.hip is not None:
-        return tiles_of("gfx942", dtype, by_descriptor)
-    major, _ = torch.cuda.get_device_capability(device)
-    return tiles_of(f"sm_{major}0" if major in (9, 10) else "sm_80", dtype, by_descriptor)
+        found = SMALL_TILES if columns <= 4 * SMALL.block else LARGE_TILES
+    elif HIP:
+        found = tiles_of("gfx942", dtype, by_descriptor)
+    else:
+        major, _ = torch.cuda.get_device_capability(device)
+        found = tiles_of(f"sm_{major}0" if major in (9, 10) else "sm_80", dtype, by_descriptor)
+    return with_tuned(found, f"tiles{8 * dtype.itemsize}", device)
 
 
 def has_tensor_memory_accelerator(device: torch.device) -> bool:
@@ -123,6 +174,17 @@ def parts_of(op: str, rows_count: int, columns: int, device: torch.device, most:
     parts = min(most, blocks, triton.cdiv(OF_A_MULTIPROCESSOR * multiprocessors(device), max(1, rows_count)))
     width = triton.cdiv(blocks, parts) * block
     return width, triton.cdiv(columns, width)
+
+
+def unseen(*shape: int, maxima, absent, device) -> torch.Tensor:
+    """The float32 state of rows, in its last dimension, before anything was seen: -inf at ``maxima``, NaN at ``absent``
+    (what somebody else may have), 0 elsewhere. Filled on the device: a list of places would be copied there."""
+    state = torch.zeros(shape, dtype=torch.float32, device=device)
+    for place in maxima:
+        state[..., place].fill_(-torch.inf)
+    for place in absent:
+        state[..., place].fill_(torch.nan)
+    return state
 
 
 def row_launch(kernel, op: str, count: int, like: torch.Tensor, *arguments, parts: int = 1, **options) -> None:

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import row_launch
+from .launch import row_launch, unseen
 from .logits import first_largest, load_logits, raised, store_slope
 
 TOP, TOTAL, BELOW, LABEL, ARGMAX, STATE = (tl.constexpr(i) for i in range(6))
@@ -125,8 +125,8 @@ class LogprobRows:
     ):
         carry = not (look and finish)
         if carry and self.state is None:
-            start = torch.tensor([-torch.inf, 0, 0, torch.nan, 0], device=x.device)
-            self.state = start.expand(len(self.ids), STATE.value).contiguous()
+            self.state = unseen(
+                len(self.ids), STATE.value, maxima=(TOP.value,), absent=(LABEL.value,), device=x.device)
         has_tokens = torch.is_tensor(self.tokens)
         place = x if grad is None else grad
         row_launch(

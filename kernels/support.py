@@ -17,6 +17,7 @@ def merged(ids, probs):
     w = w.clamp_min(0).gather(-1, order)
     place = torch.zeros_like(key)
     place[:, 1:] = (key[:, 1:] != key[:, :-1]).cumsum(-1)
-    weights = torch.zeros_like(w).scatter_add_(-1, place, w)
+    row = torch.arange(len(key), device=key.device).unsqueeze(-1)
+    weights = torch.zeros_like(w).index_put_((row, place), w, accumulate=True)      # in order, unlike scatter_add_
     # places behind the last are not written
     return torch.full_like(key, NO_ID.value).scatter_(-1, place, key), weights

@@ -29,7 +29,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import cross_entropy as ce
 from . import logprob as lp
-from .launch import float32_products, has_tensor_memory_accelerator, multiprocessors, tiles
+from .launch import float32_products, has_tensor_memory_accelerator, multiprocessors, tiles, unseen
 from .logits import NO_ID, TRUNCATES, capped, nearest_bfloat16, store_slope
 
 NOWHERE = tl.constexpr(2**31 - 1)
@@ -379,8 +379,8 @@ def look_cross_entropy(rows: ce.CrossEntropyRows, head: Head):
     """The state of each span (S, R, STATE), and the logits (R, K) of targets that are here; NaN for others. If a
     gradient is to come, there is room for ``rows.slopes``."""
     count, k = rows.ids.shape
-    state = torch.zeros(head.spans(), count, ce.STATE.value, dtype=torch.float32, device=head.x.device)
-    state[..., [ce.TOP.value, ce.PEAK.value]] = -torch.inf
+    state = unseen(head.spans(), count, ce.STATE.value, maxima=(ce.TOP.value, ce.PEAK.value), absent=(),
+                   device=head.x.device)
     z = torch.full((count, k), torch.nan, dtype=torch.float32, device=head.x.device)
     if rows.row_scale is not None:
         rows.slopes = torch.empty(count, ce.SLOPES.value, dtype=torch.float32, device=head.x.device)

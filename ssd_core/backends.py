@@ -8,6 +8,7 @@ caller names serves the call or raises with the reason.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import logging
 import os
@@ -62,7 +63,9 @@ class Backend:
         return self.missing()
 
     def load(self) -> Callable:
-        return _load(self.location)
+        """Its first argument is the tensor whose device kernels are launched on."""
+        function = _load(self.location)
+        return _on_its_device(function) if "cuda" in self.devices else function
 
     def counted(self, demand):
         """The ``plan.Demand``, with what this backend knows about its bytes."""
@@ -163,6 +166,19 @@ def choose(
             return record
         reasons.append(f"{record.name}: {reason}")
     raise UsageError(f"{op}: no backend serves this call: {'; '.join(reasons)}")
+
+
+def _on_its_device(function: Callable) -> Callable:
+    """Triton launches on the current device, which need not be the tensors'."""
+
+    @functools.wraps(function)
+    def call(first, *arguments, **options):
+        if first.device.type != "cuda":
+            return function(first, *arguments, **options)
+        with torch.cuda.device_of(first):
+            return function(first, *arguments, **options)
+
+    return call
 
 
 def _load(location: str) -> Callable:

@@ -480,7 +480,7 @@ def sample(logits, seeds, positions, *, support_limit, **options):
     from ssd_core.kernels.sample import sample
 
     token, logprob, *stats, ids, probs = sample(logits, seeds, positions, support_limit=support_limit, **options)
-    if not logprob.isfinite().all():
+    wrong, width = torch.stack((~logprob.isfinite(), (probs > 0).sum(-1))).amax(-1).tolist()    # the host waits once
+    if wrong:
         raise ValueError("logits: expected finite values or -inf, with a finite maximum, got NaN or inf")
-    width = int((probs > 0).sum(-1).max())
     return token, logprob, *stats, ids[:, :width], probs[:, :width]

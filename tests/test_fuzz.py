@@ -43,10 +43,10 @@ FOUND = [
                  "teacher": "logits", "divergence": "reverse_kl", "more": -1}),
 ]
 
-# Edges: nothing, one, primes, a panel of 64 tokens, a tile of 252 ids and two, the definition's filter tile of 256.
+# Edges: nothing, one, primes, a panel of 64 tokens, a tile of 256 ids (the filter's, too) and two.
 TOKENS = (0, 1, 2, 3, 5, 31, 63, 64, 65, 97, 130)
 HIDDEN = (1, 2, 3, 7, 8, 16, 33, 47, 48, 64, 65)
-VOCABULARY = (1, 2, 3, 7, 63, 64, 65, 251, 252, 253, 255, 256, 257, 503, 504, 505, 601, 1009)
+VOCABULARY = (1, 2, 3, 7, 63, 64, 65, 251, 255, 256, 257, 511, 512, 513, 601, 1009)
 LAYOUTS = ("contiguous", "transposed", "strided", "sliced", "expanded")
 VALUES = ("nan", "inf", "-inf", "1e30", "-1e30", "1e-40", "0")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import numbers
 
 import torch
 
@@ -128,8 +129,10 @@ def shifted(tensor, axis: int = -1):
 
 
 def counting(valid):
-    """(M,) the tokens that count, which alone meet products; None for all of them."""
-    return None if valid.all() else valid.nonzero().squeeze(-1)
+    """(M,) the tokens that count, which alone meet products; None for all of them. How many there are is the one thing
+    that the host waits for."""
+    rows = valid.nonzero().squeeze(-1)
+    return None if len(rows) == len(valid) else rows
 
 
 def of_rows(values, rows):
@@ -193,9 +196,11 @@ def mean_denominator(num_items_in_batch, weights, wide: torch.dtype) -> torch.Te
     """What "mean" divides by, 0-d: the number over all micro-batches and ranks if given, else the weights' sum."""
     if num_items_in_batch is None:
         return weights.sum()
-    denominator = torch.as_tensor(num_items_in_batch, device=weights.device).to(wide)
-    checks.expect(denominator.ndim == 0, "num_items_in_batch", "a number or 0-d tensor", denominator.shape)
-    return denominator
+    if isinstance(num_items_in_batch, numbers.Real):        # made where it is needed, not copied there
+        return torch.full((), num_items_in_batch, dtype=wide, device=weights.device)
+    scalar = torch.is_tensor(num_items_in_batch) and num_items_in_batch.ndim == 0
+    checks.expect(scalar, "num_items_in_batch", "a number or 0-d tensor", num_items_in_batch)
+    return num_items_in_batch.to(weights.device, wide)
 
 
 def reciprocal(denominator):

@@ -30,7 +30,8 @@ def script(tmp_path):
     (copy / "bench").mkdir(parents=True)
     (copy / ".ci").mkdir()
     shutil.copy(ROOT / "bench/gpu.sh", copy / "bench")
-    (copy / ".ci/setup").write_text('echo setup >>"$CALLS"\n')
+    for name in ("setup", "peers"):
+        (copy / ".ci" / name).write_text(f'echo {name} >>"$CALLS"\n')
     (copy / "python").write_text(STUB)
     (copy / "python").chmod(0o755)
     calls = tmp_path / "calls"
@@ -55,7 +56,8 @@ def test_every_part_once(script):
     code, calls = script()
     assert code == 0, script.output
     names = parts(script)
-    assert len(names) == 14 and names[0] == "01-build.json" and names[4] == "05-cross-entropy-llama-3-8b.json"
+    assert len(names) == 15 and names[0] == "01-build.json" and names[4] == "05-cross-entropy-llama-3-8b.json"
+    assert calls[:2] == ["setup", "peers"] and "run tune --device cuda" in calls[4]
     assert sum("bench.run run" in call for call in calls) == 9 and sum("-m pytest" in call for call in calls) == 2
     assert all("--devices cuda --dtypes bfloat16" in call for call in calls if "bench.run run" in call)
     assert "table.md, plots/index.html, verdict.json" in script.output
@@ -67,16 +69,16 @@ def test_every_part_once(script):
 
 def test_a_part_that_failed_is_done_again(script):
     code, _ = script(fail="--cases qwen2.5-7b")
-    assert code == 1 and "06-cross-entropy-qwen2.5-7b.json" not in parts(script) and len(parts(script)) == 13
+    assert code == 1 and "06-cross-entropy-qwen2.5-7b.json" not in parts(script) and len(parts(script)) == 14
     code, calls = script()
-    assert code == 0 and len(parts(script)) == 14
+    assert code == 0 and len(parts(script)) == 15
     assert [call for call in calls if "bench.run run" in call] == [c for c in calls if "--cases qwen2.5-7b" in c][:1]
 
 
 def test_failing_tests_are_a_result_and_running_out_of_time_is_none(script):
     code, _ = script("--part", "3", fail="pytest", code=1)
     assert code == 1 and json.loads((script.out / "03-tests.json").read_text())["exit_code"] == 1
-    code, _ = script("--part", "4", fail="pytest", code=124)
+    code, _ = script("--part", "15", fail="pytest", code=124)
     assert code == 1 and parts(script) == ["03-tests.json"]
 
 
@@ -91,10 +93,20 @@ def test_dry_run(script):
     code, calls = script("--dry-run")
     lines = script.output.splitlines()
     assert code == 0 and calls == [] and not script.out.exists()
-    assert [int(line[:2]) for line in lines] == list(range(1, 15))
+    assert [int(line[:2]) for line in lines] == list(range(1, 16))
     assert lines[12].startswith("13-sample: ssd_core.bench.run run --ops sample --cases qwen3-0.6b --batch 256")
     script("--dry-run", "--part", "9")
     assert script.output.startswith("09-filter: ") and script.output.count("\n") == 1
+
+
+def test_no_part_goes_on_or_begins_after_the_minutes(script, monkeypatch):
+    monkeypatch.setenv("BUDGET", "2")
+    stub = script.out.parent / "repository/python"
+    stub.write_text('#!/bin/sh\necho "$*" >>"$CALLS"\nsleep 30\n')
+    code, calls = script()
+    assert code == 1 and parts(script) == ["01-build.json"]
+    assert len([call for call in calls if "ssd_core" in call or "pytest" in call]) == 1      # the check, which ran out
+    assert "02-check: exit code 124" in script.output and "03-tests: no time left" in script.output
 
 
 def test_wrong_use(script):
@@ -105,7 +117,7 @@ def test_wrong_use(script):
 @pytest.mark.all
 def test_quick_on_the_cpu(tmp_path):
     """Really: tiny shapes from the check to the verdict. Set-up is left to `make`, tests to pytest."""
-    for name in ("01-build", "03-tests", "04-more-tests"):
+    for name in ("01-build", "03-tests", "15-more-tests"):
         (tmp_path / f"{name}.json").write_text("{}")
     done = subprocess.run(
         ["bash", ROOT / "bench/gpu.sh", "--device", "cpu", "--quick", "--out", tmp_path], capture_output=True,

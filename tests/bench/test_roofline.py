@@ -42,8 +42,11 @@ def test_the_tiled_route_computes_logits_twice_and_moves_none():
 
 
 def test_programs_side_by_side():
-    assert CHIPS[0].programs(warps=8, registers=128) == 2 and CHIPS[0].programs(warps=8, registers=32) == 8
-    assert CHIPS[0].programs(warps=8, registers=129) == 1
+    def programs(registers, shared):
+        return CHIPS[0].programs(warps=8, registers=registers, shared=shared << 10)
+
+    assert [programs(128, 0), programs(32, 0), programs(129, 0)] == [2, 8, 1]
+    assert [programs(32, 56), programs(32, 57), programs(32, 128)] == [4, 3, 1]
 
 
 @pytest.mark.parametrize("op", sorted({target.op for target in TARGETS if target.device == "cuda"}))

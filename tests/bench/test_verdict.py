@@ -27,6 +27,17 @@ def test_a_target_is_met_by_the_best_exact_variant():
     assert not any("cuda" in line for line in found)            # another machine's
 
 
+def test_a_target_of_some_tokens_is_not_met_by_fewer():
+    def head(tokens):
+        one = results(row("triton", 1, 1.0, workspace=1024), case="llama-3-8b", dtype="bfloat16", device="cuda",
+                      tokens=tokens)
+        return lines(one, "llama-3-8b, bfloat16, cuda, at most 1024 MiB")
+
+    assert head(8192) == ["met: linear_cross_entropy, llama-3-8b, bfloat16, cuda, at most 1024 MiB, N = 8192: "
+                          "<= 1.08 x floor at N = 8192: 1.00"]
+    assert [line.partition(":")[0] for line in head(2048)] == ["not measured"]
+
+
 def test_a_larger_workspace_does_not_count():
     assert lines(results(row("cpu, 256 MiB", 1, 0.8, workspace=256)), "<= 0.88")[0].startswith("not measured")
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from elsewhere import DEVICE
 from tolerances import FACTOR, LOSS, ROUNDING, error, row_errors
 
 import ssd_core
@@ -31,6 +32,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"     # a hundred times slower
 TOKENS = 13 if INTERPRETED else 131
 ROUTE = os.environ.get("SSD_CORE_ROUTE", "chunked")         # of backend "triton"
+DEVICE_TYPE = torch.device(DEVICE).type
 VOCABULARIES = [1, 7, 50257, 128256, 151936, 262144]
 
 
@@ -277,7 +279,8 @@ OPS = {str(op): op for op in (
 
 
 def backends(name: str) -> list[str]:
-    """Those that serve CPU tensors. One that is missing here fails rather than passing as tests that did not run."""
+    """Those that serve the device's tensors. One that is missing here fails rather than passing as tests that did not
+    run."""
     return [record.name for record in _records(name) if record.name != "reference"]
 
 
@@ -290,7 +293,8 @@ def cases(name: str):
 
 
 def _records(name):
-    return [record for record in BACKENDS if record.op == name and (not record.devices or "cpu" in record.devices)]
+    return [record for record in BACKENDS
+            if record.op == name and (not record.devices or DEVICE_TYPE in record.devices)]
 
 
 def each_backend(name: str, option: str = ""):

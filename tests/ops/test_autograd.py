@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from suite import DTYPES, OPS, each_backend, every, gradients, hard, problem, soft, taught
+from suite import DEVICE_TYPE, DTYPES, OPS, each_backend, every, gradients, hard, problem, soft, taught
 from tolerances import error
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -182,7 +182,7 @@ def test_autocast_is_no_worse_than_casting_by_hand(op, backend, reduced):
     for seed in range(4):
         *leaves, target = op.draw(n=48, v=301)(seed)
         target = mixed(op, target)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(DEVICE_TYPE, torch.bfloat16):
             loss = total(op, leaves, target, backend, **options)
         found = gradients(loss, leaves)
         half = [t.detach().bfloat16().requires_grad_() for t in leaves[:2]] + [leaves[2].detach().requires_grad_()]
@@ -245,16 +245,16 @@ def test_autocast_of_nothing(op, backend):
     """Disabled inside of an enabled one, it changes nothing; float64 is left alone."""
     *leaves, target = op.draw(n=23, v=301)(0)
     true = total(op, leaves, target, backend)
-    with torch.autocast("cpu", torch.bfloat16), torch.autocast("cpu", enabled=False):
+    with torch.autocast(DEVICE_TYPE, torch.bfloat16), torch.autocast(DEVICE_TYPE, enabled=False):
         assert torch.equal(total(op, leaves, target, backend), true)
     if backend == "torch":
         *wide, target = op.draw(n=23, v=301, dtype=torch.float64)(0)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(DEVICE_TYPE, torch.bfloat16):
             assert torch.equal(total(op, wide, target), total_outside(op, wide, target))
 
 
 def total_outside(op, leaves, target):
-    with torch.autocast("cpu", enabled=False):
+    with torch.autocast(DEVICE_TYPE, enabled=False):
         return total(op, leaves, target)
 
 
