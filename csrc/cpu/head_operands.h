@@ -19,8 +19,8 @@ inline int64_t divide_up(int64_t n, int64_t by) {
   return (n + by - 1) / by;
 }
 
-// Uninitialised, and in huge pages where the system gives them, for what is kept (workspace.h) or written once and left:
-// where memory is in pieces the system may look for such pages longer than a call takes.
+// Uninitialised, and in huge pages where the system gives them: for what is kept (workspace.h). Fresh ones of every call
+// can come cold from a virtual machine's host, and then cost more than the call.
 at::Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options);
 
 inline at::Tensor value_or_undefined(const std::optional<at::Tensor>& x) {

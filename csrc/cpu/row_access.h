@@ -143,7 +143,7 @@ class Rows {
 class RowWriter {
  public:
   RowWriter(const at::Tensor& logits, const Rows& rows)
-      : rows_(rows), out_(empty(logits.sizes(), logits.options())), element_(element_of(out_)) {
+      : rows_(rows), out_(at::empty(logits.sizes(), logits.options())), element_(element_of(out_)) {
     if (rows.count() == 0) {
       out_.zero_();
     }
