@@ -35,6 +35,7 @@ class DenseDistillPass : public DistillPass {
     teacher_.open(chunk);
     teacher_tiles_.open(grid_);
     std::fill(lanes_.begin(), lanes_.end(), 0.0f);
+    finished_ = false;
   }
 
   // The teacher's part of the scratch, and behind it a tile of its values.
@@ -43,26 +44,30 @@ class DenseDistillPass : public DistillPass {
 
   void look(const Block& block, float* u, void* kept, bool again, char* scratch) override {
     const int64_t p = block.panel, t = block.tile, panel = grid_.panel, even = divide_up(block.rows, 2) * 2;
-    float unused[4 * kMaxPanel];
+    float unused[2 * kMaxPanel];
     float* max = again ? unused : tiles_.max.of(p, t);
-    float* sum = again ? unused + panel : tiles_.sum.of(p, t);
-    float* teacher_max = again ? unused + 2 * panel : teacher_tiles_.max.of(p, t);
-    float* teacher_sum = again ? unused + 3 * panel : teacher_tiles_.sum.of(p, t);
+    float* teacher_max = again ? unused + panel : teacher_tiles_.max.of(p, t);
     student_values(block, u, max, again);
-    words_.kernels->exponentials(u, even, max, tile_options_, kept, sum);
     float* v = kept ? teacher_part(kept) : reinterpret_cast<float*>(scratch + teacher_scratch());
     teacher_.values(block, v, teacher_max, scratch);
     std::fill(v + block.rows * panel, v + even * panel, -kInfinity);
     if (again) {
+      if (finished_ && looks_twice()) {  // as the second look leaves it
+        words_.kernels->jsd_pulls(u, v, block.rows, pair_of(p), unused, unused + panel);
+      }
       return;
     }
-    TileOptions options = tile_options_;
-    options.slope = teacher_.slope();
-    words_.kernels->exponentials(v, even, teacher_max, options, nullptr, teacher_sum);
-    if (!looks_twice()) {
+    float* sum = tiles_.sum.of(p, t);
+    float* teacher_sum = teacher_tiles_.sum.of(p, t);
+    if (looks_twice()) {
+      TileOptions options = tile_options_;
+      words_.kernels->exponentials(u, even, max, options, nullptr, sum);
+      options.slope = teacher_.slope();
+      words_.kernels->exponentials(v, even, teacher_max, options, nullptr, teacher_sum);
+    } else {
       const TilePair pair = {
           given_.measure.kind, 0, given_.options.slope, teacher_.slope(), max, teacher_max, nullptr, nullptr};
-      words_.kernels->pair_sums(u, v, block.rows, pair, value_.of(p, t), own_.of(p, t));
+      words_.kernels->kl_sums(u, v, block.rows, pair, sum, teacher_sum, value_.of(p, t));
     }
   }
 
@@ -85,13 +90,14 @@ class DenseDistillPass : public DistillPass {
         });
   }
 
-  void look_twice(const Block& block, const void* kept) override {
-    words_.kernels->pair_sums(
+  void look_twice(const Block& block, void* kept) override {
+    words_.kernels->jsd_pulls(
         static_cast<const float*>(kept), teacher_part(kept), block.rows, pair_of(block.panel),
         value_.of(block.panel, block.tile), own_.of(block.panel, block.tile));
   }
 
   void finish() override {
+    finished_ = true;
     if (looks_twice()) {
       for (int64_t i = 0; i < chunk_.n; ++i) {
         const int64_t p = i / grid_.panel, lane = i % grid_.panel;
@@ -145,15 +151,8 @@ class DenseDistillPass : public DistillPass {
  private:
   int64_t teacher_scratch() const { return divide_up(teacher_.scratch(), 64) * 64; }
 
-  // The teacher's values follow the student's.
-  template <class T>
-  static auto teacher_part_of(T* kept, int64_t panel) {
-    return kept + kTile * panel;
-  }
-  float* teacher_part(void* kept) const { return teacher_part_of(static_cast<float*>(kept), grid_.panel); }
-  const float* teacher_part(const void* kept) const {
-    return teacher_part_of(static_cast<const float*>(kept), grid_.panel);
-  }
+  // The teacher's values, or a JSD's pulls, follow the student's.
+  float* teacher_part(void* kept) const { return static_cast<float*>(kept) + kTile * grid_.panel; }
 
   double& total(int64_t p, int64_t lane, int k) { return totals_[2 * (p * grid_.panel + lane) + k]; }
 
@@ -221,6 +220,7 @@ class DenseDistillPass : public DistillPass {
   TileExponentials teacher_tiles_;
   TileNumbers value_, own_;
   std::vector<RowSums> rows_;   // (n,) of the cross-entropy
+  bool finished_ = false;
   std::vector<double> totals_;  // (n, 2): the divergence, and the sum of its pulls
 };
 

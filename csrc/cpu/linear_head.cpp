@@ -217,8 +217,10 @@ class Head {
         const Weight::Rows w = weight_.tile(all.first, all.own, scratch.get());
         pass_.open_tile(t, own.get());
         for (int64_t p = 0; p < chunk_.panels; ++p) {
-          multiply_tokens(words_, w, tokens_of(p), depth, all.own, u.data());
-          pass_.look(block(t, p), u.data(), keep ? kept_of(p, t, first_tile) : nullptr, again, own.get());
+          char* kept = keep ? kept_of(p, t, first_tile) : nullptr;
+          float* out = kept && pass_.keeps_values() ? reinterpret_cast<float*>(kept) : u.data();
+          multiply_tokens(words_, w, tokens_of(p), depth, all.own, out);
+          pass_.look(block(t, p), out, kept, again, own.get());
         }
       }
     });

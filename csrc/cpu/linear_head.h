@@ -66,12 +66,12 @@ class RowPass {
   virtual int64_t scratch() const { return 0; }
   virtual void open_tile(int64_t tile, char* scratch) {}
 
-  // u has room for an even number of rows. `kept`: null if nothing is; `again`: the statistics are there already, of
-  // a block whose products are taken a second time.
+  // u has room for an even number of rows. `kept`: null if nothing is; where values are kept, u is there. `again`: the
+  // statistics are there already, of a block whose products are taken a second time.
   virtual void look(const Block& block, float* u, void* kept, bool again, char* scratch) = 0;
   virtual void normalise() {}  // all blocks have been looked at
   virtual bool looks_twice() const { return false; }
-  virtual void look_twice(const Block& block, const void* kept) {}
+  virtual void look_twice(const Block& block, void* kept) {}
   virtual void finish() = 0;
 
   // With respect to u: in place of what was kept, in the layout of words, and by rows of the vocabulary.

@@ -24,7 +24,7 @@ struct TileOptions {
   bool softcap;
   float cap_slope;
   float slope;
-  bool keep_values;  // v in float32; otherwise exp(slope * (v - max of the tile)), as words
+  bool keep_values;  // v in float32, where they are; otherwise exp(slope * (v - max of the tile)), as words
 };
 
 // One panel's lanes, (panel,) each, x = slope * (v - max):
@@ -41,7 +41,7 @@ struct TileGradient {
 };
 
 // A student's and a teacher's v, and which divergence. Of each lane: what exponents are relative to, log p =
-// slope * (v - max) - log_sum; null log_sum: 0, for terms of masses that are not normalised.
+// slope * (v - max) - log_sum. The sums of a KL, whose terms are linear in masses, are of such without log_sum.
 struct TilePair {
   Divergence kind;
   float beta;
@@ -61,16 +61,20 @@ struct TileKernels {
       const int64_t* w_places);
   // u (rows, panel) -> v in place (rows even), max (panel,) over v; a NaN is passed over.
   void (*values)(float* u, int64_t rows, const float* bias, const TileOptions&, float* max);
-  // exp(slope * (v - max)) and its sum (panel,); kept (e, or v) if kept is not null.
+  // exp(slope * (v - max)): their sum (panel,), and the words to `kept`, unless it is null or v are what is kept.
   void (*exponentials)(const float* v, int64_t rows, const float* max, const TileOptions&, void* kept, float* sum);
   // sum_j e^x x with x = slope * (v_j - max), and the first j of v_j = max, (panel,) each.
   void (*moments)(const float* v, int64_t rows, const float* max, float slope, float* sum, int32_t* first);
   // sum_j c_j (max - v_j), (panel,); c null: 1.
   void (*spread)(const float* v, int64_t rows, const float* max, const float* class_weight, float* sum);
-  // Of v (rows, panel) of both: sums of a divergence's terms, its value and its pulls (see divergences.inc.h).
-  void (*pair_sums)(
-      const float* student, const float* teacher, int64_t rows, const TilePair&, float* value, float* own);
-  // scale * (pull - q * own), (rows, panel)
+  // Of v (rows, panel) of both: sums of exponentials, and of the terms of a KL.
+  void (*kl_sums)(
+      const float* student, const float* teacher, int64_t rows, const TilePair&, float* student_sum,
+      float* teacher_sum, float* value);
+  // A JSD's pulls (see divergences.inc.h) in place of the teacher's v, and sums of its terms, value and pulls.
+  void (*jsd_pulls)(
+      const float* student, float* teacher, int64_t rows, const TilePair&, float* value, float* own);
+  // scale * (pull - q * own), (rows, panel); `teacher`: of a JSD its pulls
   void (*pair_slopes)(
       const float* student, const float* teacher, int64_t rows, const TilePair&, const float* own, const float* scale,
       float* out);

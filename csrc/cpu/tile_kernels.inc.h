@@ -64,6 +64,15 @@ template <class Words, int kM, bool kAdd>
 SSD_CORE_INLINE void multiply_rows(
     const char* const* a, int64_t a_col, const char* b, int64_t b_row, float* c, int64_t c_row, int64_t k) {
   Vec sum[kM][kVectors] = {};
+  if constexpr (kAdd) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kM; ++i) {
+#pragma GCC unroll 16
+      for (int j = 0; j < kVectors; ++j) {
+        __builtin_prefetch(c + i * c_row + j * kLanes, 1);
+      }
+    }
+  }
   for (int64_t l = 0, at = 0; l < k; ++l, at += a_col) {
     Vec x[kVectors];
 #pragma GCC unroll 16
@@ -222,7 +231,7 @@ void values(float* u, int64_t rows, const float* bias, const TileOptions& option
   run(u, rows, bias, options.cap_slope, max);
 }
 
-template <class Rows, bool kKeep, bool kValues>
+template <class Rows, bool kKeep>
 void exponentials_of(const float* v, int64_t rows, const float* max, float slope, char* kept, float* sum) {
   for (int lane = 0; lane < kPanel; lane += kLanes) {
     const Vec most = load(max + lane);
@@ -232,11 +241,11 @@ void exponentials_of(const float* v, int64_t rows, const float* max, float slope
     char* out = kept + lane * sizeof(float);
     for (int64_t j = 0; j < rows; j += 2, x += 2 * kPanel, out += Rows::kBytes) {
       const Vec v0 = load(x), v1 = load(x + kPanel);
-      const Vec e0 = exp_nonpositive(slope * (v0 - shift)), e1 = exp_nonpositive(slope * (v1 - shift));
+      const Vec e0 = exp_nonpositive(v0 - shift, slope), e1 = exp_nonpositive(v1 - shift, slope);
       sum0 += e0;
       sum1 += e1;
       if constexpr (kKeep) {
-        kValues ? Rows::put(out, v0, v1) : Rows::put(out, e0, e1);
+        Rows::put(out, e0, e1);
       }
     }
     keep(sum + lane, sum0 + sum1);
@@ -245,9 +254,7 @@ void exponentials_of(const float* v, int64_t rows, const float* max, float slope
 
 template <class Rows>
 void exponentials(const float* v, int64_t rows, const float* max, const TileOptions& options, void* kept, float* sum) {
-  const auto run = !kept ? exponentials_of<Rows, false, false>
-                         : (options.keep_values ? exponentials_of<Rows, true, true>
-                                                : exponentials_of<Rows, true, false>);
+  const auto run = kept && !options.keep_values ? exponentials_of<Rows, true> : exponentials_of<Rows, false>;
   run(v, rows, max, options.slope, static_cast<char*>(kept), sum);
 }
 
@@ -258,9 +265,8 @@ void moments(const float* v, int64_t rows, const float* max, float slope, float*
     Vec total{};
     Mask place{};
     for (int64_t j = rows - 1; j >= 0; --j) {
-      const Vec value = load(v + j * kPanel + lane), x = slope * (value - shift);
-      const Vec e = exp_nonpositive(x);
-      total += pick(e == Vec{}, Vec{}, e * x);  // 0 log 0 = 0; a NaN stays
+      const Vec value = load(v + j * kPanel + lane), e = exp_nonpositive(value - shift, slope);
+      total += pick(e == Vec{}, Vec{}, e * (slope * (value - shift)));  // 0 log 0 = 0; a NaN stays
       place = value == most ? (Mask{} + static_cast<int32_t>(j)) : place;
     }
     keep(sum + lane, total);
@@ -284,12 +290,10 @@ void spread(const float* v, int64_t rows, const float* max, const float* class_w
 // -- a student beside a teacher
 
 struct TilePairAt {  // a vector of lanes
-  Vec student_max, teacher_max, student_log_sum, teacher_log_sum;
+  Vec student_max, teacher_max;
 
   TilePairAt(const TilePair& pair, int lane)
-      : student_max(finite(load(pair.student_max + lane))), teacher_max(finite(load(pair.teacher_max + lane))),
-        student_log_sum(pair.student_log_sum ? load(pair.student_log_sum + lane) : Vec{}),
-        teacher_log_sum(pair.teacher_log_sum ? load(pair.teacher_log_sum + lane) : Vec{}) {}
+      : student_max(finite(load(pair.student_max + lane))), teacher_max(finite(load(pair.teacher_max + lane))) {}
 
   static SSD_CORE_INLINE Vec finite(Vec max) { return pick(max == all_lanes(-__builtin_inff()), Vec{}, max); }
 };
@@ -299,43 +303,61 @@ SSD_CORE_INLINE void each_pair(
     const float* student, const float* teacher, int64_t rows, const TilePair& pair, int lane,
     const Function& function) {
   const TilePairAt at(pair, lane);
+  const Vec student_log_sum = load(pair.student_log_sum + lane), teacher_log_sum = load(pair.teacher_log_sum + lane);
   for (int64_t j = 0; j < rows; ++j) {
-    const Vec log_q = pair.student_slope * (load(student + j * kPanel + lane) - at.student_max) - at.student_log_sum;
-    const Vec log_p = pair.teacher_slope * (load(teacher + j * kPanel + lane) - at.teacher_max) - at.teacher_log_sum;
-    const Vec q = exp_nonpositive(log_q), p = exp_nonpositive(log_p);
+    const Vec log_q = pair.student_slope * (load(student + j * kPanel + lane) - at.student_max) - student_log_sum;
+    const Vec log_p = pair.teacher_slope * (load(teacher + j * kPanel + lane) - at.teacher_max) - teacher_log_sum;
+    const Vec q = exp_nonpositive(log_q, 1.0f), p = exp_nonpositive(log_p, 1.0f);
     function(j, p, q, log_p, log_q);
   }
 }
 
 template <Divergence kKind>
-void tile_pair_sums_of(
-    const float* student, const float* teacher, int64_t rows, const TilePair& pair, float* value, float* own) {
+void kl_sums_of(
+    const float* student, const float* teacher, int64_t rows, const TilePair& pair, float* student_sum,
+    float* teacher_sum, float* value) {
+  for (int lane = 0; lane < kPanel; lane += kLanes) {
+    const TilePairAt at(pair, lane);
+    Vec qs{}, ps{}, values{};
+    for (int64_t j = 0; j < rows; ++j) {
+      const Vec y = load(student + j * kPanel + lane) - at.student_max;
+      const Vec x = load(teacher + j * kPanel + lane) - at.teacher_max;
+      const Vec q = exp_nonpositive(y, pair.student_slope), p = exp_nonpositive(x, pair.teacher_slope);
+      const Vec log_q = pair.student_slope * y, log_p = pair.teacher_slope * x;
+      qs += q;
+      ps += p;
+      values += divergence_term<kKind>(some_mass(p, log_p), some_mass(q, log_q), log_p - log_q, 0.0f, 1.0f).value;
+    }
+    keep(student_sum + lane, qs);
+    keep(teacher_sum + lane, ps);
+    keep(value + lane, values);
+  }
+}
+
+void kl_sums(
+    const float* student, const float* teacher, int64_t rows, const TilePair& pair, float* student_sum,
+    float* teacher_sum, float* value) {
+  const auto run = pair.kind == Divergence::kForwardKl ? kl_sums_of<Divergence::kForwardKl>
+                                                       : kl_sums_of<Divergence::kReverseKl>;
+  run(student, teacher, rows, pair, student_sum, teacher_sum, value);
+}
+
+void jsd_pulls(const float* student, float* teacher, int64_t rows, const TilePair& pair, float* value, float* own) {
   for (int lane = 0; lane < kPanel; lane += kLanes) {
     Vec values{}, pulls{};
-    each_pair(student, teacher, rows, pair, lane, [&](int64_t, Vec p, Vec q, Vec log_p, Vec log_q) {
-      if constexpr (kKind != Divergence::kJsd) {
-        p = some_mass(p, log_p);
-        q = some_mass(q, log_q);
-      }
-      const auto term = divergence_term<kKind>(p, q, log_p - log_q, pair.beta, 1.0f - pair.beta);
+    each_pair(student, teacher, rows, pair, lane, [&](int64_t j, Vec p, Vec q, Vec log_p, Vec log_q) {
+      const auto term = divergence_term<Divergence::kJsd>(p, q, log_p - log_q, pair.beta, 1.0f - pair.beta);
       values += term.value;
       pulls += term.pull;
+      keep(teacher + j * kPanel + lane, term.pull);
     });
     keep(value + lane, values);
     keep(own + lane, pulls);
   }
 }
 
-void tile_pair_sums(
-    const float* student, const float* teacher, int64_t rows, const TilePair& pair, float* value, float* own) {
-  const auto run = pair.kind == Divergence::kForwardKl ? tile_pair_sums_of<Divergence::kForwardKl>
-      : pair.kind == Divergence::kReverseKl            ? tile_pair_sums_of<Divergence::kReverseKl>
-                                                       : tile_pair_sums_of<Divergence::kJsd>;
-  run(student, teacher, rows, pair, value, own);
-}
-
 template <Divergence kKind>
-void tile_pair_slopes_of(
+void kl_slopes_of(
     const float* student, const float* teacher, int64_t rows, const TilePair& pair, const float* own,
     const float* scale, float* out) {
   for (int lane = 0; lane < kPanel; lane += kLanes) {
@@ -347,12 +369,26 @@ void tile_pair_slopes_of(
   }
 }
 
-void tile_pair_slopes(
+void jsd_slopes(
+    const float* student, const float* pulls, int64_t rows, const TilePair& pair, const float* own, const float* scale,
+    float* out) {
+  for (int lane = 0; lane < kPanel; lane += kLanes) {
+    const Vec own_sum = load(own + lane), factor = load(scale + lane), log_sum = load(pair.student_log_sum + lane);
+    const TilePairAt at(pair, lane);
+    for (int64_t j = 0; j < rows; ++j) {
+      const int64_t place = j * kPanel + lane;
+      const Vec q = exp_nonpositive(pair.student_slope * (load(student + place) - at.student_max) - log_sum, 1.0f);
+      keep(out + place, factor * (load(pulls + place) - q * own_sum));
+    }
+  }
+}
+
+void pair_slopes(
     const float* student, const float* teacher, int64_t rows, const TilePair& pair, const float* own,
     const float* scale, float* out) {
-  const auto run = pair.kind == Divergence::kForwardKl ? tile_pair_slopes_of<Divergence::kForwardKl>
-      : pair.kind == Divergence::kReverseKl            ? tile_pair_slopes_of<Divergence::kReverseKl>
-                                                       : tile_pair_slopes_of<Divergence::kJsd>;
+  const auto run = pair.kind == Divergence::kForwardKl ? kl_slopes_of<Divergence::kForwardKl>
+      : pair.kind == Divergence::kReverseKl            ? kl_slopes_of<Divergence::kReverseKl>
+                                                       : jsd_slopes;
   run(student, teacher, rows, pair, own, scale, out);
 }
 
@@ -377,17 +413,17 @@ void gradient_of(
       if constexpr (!kValues) {
         g = factor * v;
       } else {
-        const Vec x = slope * (v - max);
+        const Vec below = v - max;
         if constexpr (!kMore) {
-          g = factor * exp_nonpositive(x);
+          g = factor * exp_nonpositive(below, slope);
         } else {
           g = Vec{};
           if (terms.factor) {
-            const Vec e = exp_nonpositive(x);
-            g = pick(e == Vec{}, factor * e, (factor + slope_term * x) * e);  // a NaN factor stays
+            const Vec e = exp_nonpositive(below, slope);
+            g = pick(e == Vec{}, factor * e, (factor + slope_term * (slope * below)) * e);  // a NaN factor stays
           }
           if (terms.second) {
-            g += second * exp_nonpositive(terms.second_slope * (v - max));
+            g += second * exp_nonpositive(v - max, terms.second_slope);
           }
           if (addend) {
             g += load(addend + j * kPanel);
@@ -452,7 +488,8 @@ void masked_sums(
 template <class Words, class Rows>
 constexpr TileKernels tiles() {
   return {kPanel,  gemm<Words>, transposed_words<Words>, values,           exponentials<Rows>,
-          moments, spread, tile_pair_sums, tile_pair_slopes, gradient<Rows>,          masked_sums<Rows>};
+          moments, spread,      kl_sums,                jsd_pulls,        pair_slopes,
+          gradient<Rows>, masked_sums<Rows>};
 }
 
 }  // namespace
