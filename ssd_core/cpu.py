@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-
 from ssd_core import groups, native
-
-BLOCK = 1 << 22     # logits that are copied at a time
-
 
 # -- ranks that share a vocabulary
 
@@ -108,18 +103,7 @@ def cross_entropy(logits, ids, probs, dense, rows, *, class_weight, label_weight
     return *results, d_logits
 
 
-def sample(logits, seeds, positions, *, temperature, top_k, top_p, min_p, support_limit):
-    count, vocab = logits.shape
-    step = count if logits.stride(1) == 1 else max(1, BLOCK // vocab)   # other strides are copied block by block
-    draws = []
-    for start in range(0, count, step):
-        part = slice(start, start + step)
-        z = logits[part] if step == count else logits[part].contiguous()
-        draws.append(native.sample(z, seeds[part], positions[part], temperature=temperature, top_k=top_k, top_p=top_p,
-                                   min_p=min_p, support_limit=support_limit))
-    *draw, ids, probs = draws[0] if len(draws) == 1 else map(torch.cat, zip(*draws, strict=True))
-    width = int((probs > 0).sum(-1).max())
-    return *draw, ids[:, :width], probs[:, :width]
+sample = native.sample
 
 
 def logprob(logits, ids, rows, *, row_scale, **options):

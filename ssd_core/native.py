@@ -303,7 +303,7 @@ def distill_rows(
 
 
 def sample(
-    logits: torch.Tensor,  # (B, V) float32, bfloat16 or float16, unit stride along V
+    logits: torch.Tensor,  # (B, V) float32, bfloat16 or float16
     seeds: torch.Tensor,  # (B,) int64
     positions: torch.Tensor,  # (B,) int64
     *,
@@ -314,6 +314,6 @@ def sample(
     support_limit: int,
 ) -> tuple[torch.Tensor, ...]:
     """``(token, logprob, sampling_logprob, kept_mass, entropy, ids, probs)``: tokens (B,) int64, statistics (B,)
-    float32, the support (B, min(support_limit, V)) int32 and float32 with zeros beyond its end; see
+    float32, the support (B, K) int32 and float32 with zeros beyond a row's end, K at most support_limit; see
     csrc/cpu/sample.h."""
     return _extension().sample(logits, seeds, positions, temperature, top_k, top_p, min_p, support_limit)

@@ -5,7 +5,6 @@
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
-#include <atomic>
 #include <bit>
 #include <cmath>
 #include <functional>
@@ -15,6 +14,7 @@
 #include <vector>
 
 #include "isa.h"
+#include "row_access.h"
 
 namespace ssd_core::cpu {
 
@@ -22,7 +22,6 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr double kSlack = 1e-12;   // of top_p, as in the definition
-constexpr int64_t kGrain = 16384;  // logits below which a second thread costs more than it brings
 
 const SampleKernels& active_sample_kernels() {
   switch (active_isa()) {
@@ -125,12 +124,12 @@ class RowSampler {
         factor_(std::min(1 / options.temperature, 1e300)),
         block_max_((options.vocab + kSampleBlock - 1) / kSampleBlock) {}
 
-  // False if the row has no distribution. ids and probs: (support_limit,), filled as far as the support goes.
-  bool draw(const float* logits, uint64_t seed, uint64_t position, Draw& draw, int32_t* ids, float* probs) {
+  // How many tokens its support has, 0 if the row has no distribution. ids and probs: (support_limit,), filled that far.
+  int64_t draw(const float* logits, uint64_t seed, uint64_t position, Draw& draw, int32_t* ids, float* probs) {
     logits_ = logits;
     sums_ = kernels_.sums(logits, options_.vocab, options_.temperature > 0 ? slope_ : 1.0f, block_max_.data());
     if (!std::isfinite(sums_.max) || std::isnan(sums_.sum)) {
-      return false;
+      return 0;
     }
     draw.entropy = static_cast<float>(std::log(sums_.sum) + sums_.spread / sums_.sum);
     if (options_.temperature == 0) {
@@ -139,18 +138,18 @@ class RowSampler {
       probs[0] = draw.kept_mass = 1;
       draw.sampling_logprob = 0;
       draw.logprob = static_cast<float>(-std::log(sums_.sum));
-      return true;
+      return 1;
     }
 
     const int64_t heavy = keep();
     const std::span<const uint64_t> support(keys_.data(), heavy);
     const uint64_t token = winner(support, seed, position);
-    record(support, token, ids, probs);
+    const int64_t recorded = record(support, token, ids, probs);
     draw.token = id_of(token);
     draw.logprob = static_cast<float>(double{value_of(token)} - sums_.max - std::log(sums_.sum));
     draw.sampling_logprob = static_cast<float>(tempered(value_of(token)) - std::log(kept_));
     draw.kept_mass = static_cast<float>(std::min(kept_ / total_, 1.0));
-    return true;
+    return recorded;
   }
 
  private:
@@ -344,18 +343,23 @@ class RowSampler {
   }
 
   // The soft target: what is kept, or its heaviest if the token is among them, or else the token alone.
-  void record(std::span<const uint64_t> support, uint64_t token, int32_t* ids, float* probs) const {
+  int64_t record(std::span<const uint64_t> support, uint64_t token, int32_t* ids, float* probs) const {
     if (std::find(support.begin(), support.end(), token) == support.end()) {
       ids[0] = id_of(token);
       probs[0] = 1;
-      return;
+      return 1;
     }
     const double mass = weight(support);
-    for (size_t k = 0; k < support.size(); ++k) {
-      const auto prob = static_cast<float>(weight(value_of(support[k])) / mass);
-      ids[k] = prob > 0 ? id_of(support[k]) : 0;
-      probs[k] = prob;
+    int64_t count = 0;
+    for (; count < std::ssize(support); ++count) {
+      const auto prob = static_cast<float>(weight(value_of(support[count])) / mass);
+      if (prob == 0) {  // so are all that follow
+        break;
+      }
+      ids[count] = id_of(support[count]);
+      probs[count] = prob;
     }
+    return count;
   }
 
   const SampleKernels& kernels_;
@@ -382,16 +386,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     double min_p,
     int64_t support_limit) {
   const at::ScalarType dtype = logits.scalar_type();
-  TORCH_CHECK(
-      dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf,
-      "logits: expected Float, BFloat16 or Half, got ", dtype);
-  TORCH_CHECK(logits.device().is_cpu(), "logits: expected a CPU tensor, got ", logits.device());
-  TORCH_CHECK(logits.dim() == 2, "logits: expected shape (B, V), got ", logits.sizes());
+  check_rows("logits", logits, false);
   const int64_t rows = logits.size(0), vocab = logits.size(1);
   TORCH_CHECK(
-      vocab > 0 && vocab <= std::numeric_limits<int32_t>::max(), "logits: expected 1 to 2^31 - 1 columns, got ", vocab);
-  TORCH_CHECK(
-      logits.stride(1) == 1 || vocab == 1, "logits: expected stride 1 in the last dimension, got ", logits.strides());
+      vocab <= std::numeric_limits<int32_t>::max(), "logits: expected at most 2^31 - 1 columns, got ", vocab);
   for (const auto& [name, x] : {std::pair{"seeds", seeds}, std::pair{"positions", positions}}) {
     TORCH_CHECK(
         x.device().is_cpu() && x.scalar_type() == at::kLong && x.sizes() == at::IntArrayRef{rows},
@@ -410,30 +408,26 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   auto* stats_data = stats.mutable_data_ptr<float>();
   auto* ids_data = ids.mutable_data_ptr<int32_t>();
   auto* probs_data = probs.mutable_data_ptr<float>();
-  const auto* logit_data = static_cast<const char*>(logits.const_data_ptr());
-  const int64_t row_bytes = logits.stride(0) * static_cast<int64_t>(logits.element_size());
   const at::Tensor seeds_c = seeds.contiguous(), positions_c = positions.contiguous();
   const auto* seed_data = seeds_c.const_data_ptr<int64_t>();
   const auto* position_data = positions_c.const_data_ptr<int64_t>();
 
   const SampleKernels& kernels = active_sample_kernels();
   const auto widen = dtype == at::kBFloat16 ? kernels.widen_bfloat16 : kernels.widen_float16;
-  std::atomic<bool> valid = true;
+  std::vector<int64_t> counts(rows);
   at::parallel_for(0, rows, std::max<int64_t>(1, kGrain / vocab), [&](int64_t begin, int64_t end) {
     RowSampler sampler(kernels, options);
+    RowReader read(logits);
     std::vector<float> wide(dtype == at::kFloat ? 0 : vocab);
     for (int64_t i = begin; i < end; ++i) {
-      const char* row = logit_data + i * row_bytes;
+      const void* row = read(i).data;
       if (dtype != at::kFloat) {
         widen(row, vocab, wide.data());
       }
-      const float* values = dtype == at::kFloat ? reinterpret_cast<const float*>(row) : wide.data();
+      const float* values = dtype == at::kFloat ? static_cast<const float*>(row) : wide.data();
       Draw draw{};
       const int64_t at = i * options.support_limit;
-      if (!sampler.draw(values, seed_data[i], position_data[i], draw, ids_data + at, probs_data + at)) {
-        valid = false;
-        return;
-      }
+      counts[i] = sampler.draw(values, seed_data[i], position_data[i], draw, ids_data + at, probs_data + at);
       token_data[i] = draw.token;
       stats_data[i] = draw.logprob;
       stats_data[rows + i] = draw.sampling_logprob;
@@ -441,11 +435,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
       stats_data[3 * rows + i] = draw.entropy;
     }
   });
-  if (!valid) {
+  const auto [fewest, most] = std::minmax_element(counts.begin(), counts.end());
+  if (rows > 0 && *fewest == 0) {
     throw std::invalid_argument(
         "logits: expected finite values or -inf, with a finite maximum, got NaN or inf");
   }
-  return {token, stats[0], stats[1], stats[2], stats[3], ids, probs};
+  const int64_t width = rows > 0 ? *most : 0;
+  return {token, stats[0], stats[1], stats[2], stats[3], ids.narrow(1, 0, width), probs.narrow(1, 0, width)};
 }
 
 }  // namespace ssd_core::cpu

@@ -40,14 +40,20 @@ SSD_CORE_INLINE double exp64(double x) {
 constexpr int64_t kSpan = 128 * kLanes;
 static_assert(kSpan % kSampleBlock == 0);
 
+// What lies farther below the maximum counts as if it lay here: e^-80 is nothing beside the maximum's 1.
+constexpr float kFarthest = -80.0f;
+
 SSD_CORE_INLINE float largest_lane(Vec x) {
   float lanes[kLanes];
   keep(lanes, x);
-  float max = lanes[0];
-  for (int lane = 1; lane < kLanes; ++lane) {
-    max = larger(lanes[lane], max);
+#pragma GCC unroll 4
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+#pragma omp simd
+    for (int lane = 0; lane < half; ++lane) {
+      lanes[lane] = larger(lanes[lane + half], lanes[lane]);
+    }
   }
-  return max;
+  return lanes[0];
 }
 
 SSD_CORE_INLINE double lanes_sum(Vec x) {
@@ -108,20 +114,22 @@ SampleSums sums_of(const float* z, int64_t count, float slope, float* block_max)
     }
     row.max = max;
 
-    const Vec shift = all_lanes(max > -__builtin_inff() ? max : 0.0f);  // if all so far is -inf
+    const bool some = max > -__builtin_inff();
+    const Vec shift = all_lanes(some ? max : 0.0f), farthest = all_lanes(kFarthest);
     Vec sum{}, spread{}, tempered{};
     each_vector(z + begin, end - begin, kSpan, [&](Vec x) __attribute__((always_inline)) {
-      const Vec below = shift - x;
-      const Vec e = exp_nonpositive(-below);
+      const Vec d = x - shift, near = pick(farthest > d, farthest, d);
+      const Vec e = exp_product(near, 1.0f).value;
       sum += e;
-      spread += e * pick(below > 100.0f, Vec{} + 100.0f, below);  // where e is 0, 0 * inf would be NaN
+      spread -= e * near;
       if constexpr (kTempered) {
-        tempered += exp_nonpositive(-slope * below);
+        tempered += exp_nonpositive(d, slope);
       }
     });
-    row.sum += lanes_sum(sum);
-    row.spread += lanes_sum(spread);
-    row.tempered += kTempered ? lanes_sum(tempered) : 0;
+    const double count = some ? 1 : 0;  // a NaN among -inf shows even so
+    row.sum += count * lanes_sum(sum);
+    row.spread += count * lanes_sum(spread);
+    row.tempered += kTempered ? count * lanes_sum(tempered) : 0;
   }
   if constexpr (!kTempered) {
     row.tempered = row.sum;
@@ -280,7 +288,7 @@ int64_t next_rival(const Rivals& rivals, int64_t begin, float ratio) {
   const uint64_t position = rivals.position;
   // v rounded down to 24 bits is exact in float32. -inf has exp(x) = 0.
   const auto can_win = [&](Vec z, Bits ids) __attribute__((always_inline)) {
-    const Vec bound = exp_nonpositive(slope * (z - max)) * (ratio * 16777216.0f);
+    const Vec bound = exp_nonpositive(z - max, slope) * (ratio * 16777216.0f);
     const Bits even = (Bits)philox_second((Wide)ids, position, keys);
     const Bits odd = (Bits)philox_second((Wide)ids >> 32, position, keys);
     const Bits high = (Bits)((Wide)even & 0xffffffffu) | (Bits)((Wide)odd << 32);

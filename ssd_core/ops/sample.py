@@ -43,12 +43,12 @@ def sample(
     """
     checks.expect_type(logits, "logits", torch.Tensor, "a tensor")
     fits = logits.ndim == 2 and logits.is_floating_point() and logits.numel() > 0
-    checks.expect(fits, "logits", "floating point (B, V)", checks.describe(logits))
+    checks.expect(fits, "logits", "floating point (B, V)", logits)
     checks.expect_type(params, "params", SamplingParams, "SamplingParams")
     for name, tensor in (("seeds", seeds), ("positions", positions)):
         checks.expect_type(tensor, name, torch.Tensor, "a tensor")
         fits = (tensor.dtype, tensor.shape, tensor.device) == (torch.int64, logits.shape[:1], logits.device)
-        checks.expect(fits, name, f"int64 ({logits.shape[0]},) on {logits.device}", checks.describe(tensor))
+        checks.expect(fits, name, lambda: f"int64 ({logits.shape[0]},) on {logits.device}", tensor)
     function = backends.resolve("sample", logits.device, logits.dtype, backend)
     *draw, ids, probs = function(
         logits.detach(), seeds, positions, temperature=params.temperature, top_k=min(params.top_k, logits.shape[1]),
