@@ -39,7 +39,7 @@ class Variant:
     name: str
     module: str
     function: str
-    launch: str                                 # of kernels.launch.ROWS or FILTER, or "tiles" of its TILES
+    launch: str                                 # of kernels.launch.ROWS or FILTER, or "[narrow ]tiles" of its TILES
     types: tuple[tuple[str, str], ...] = ()
     flags: tuple[tuple[str, object], ...] = ()
     targets: tuple[str, ...] = TARGETS
@@ -49,15 +49,16 @@ def _variant(name, module, function, launch, types=None, targets=TARGETS, **flag
     return Variant(name, module, function, launch, tuple((types or {}).items()), tuple(flags.items()), targets)
 
 
-def _tiled(name, function, targets=TARGETS, dtype="bf16", **flags):
+def _tiled(name, function, targets=TARGETS, dtype="bf16", launch="tiles", **flags):
     """With the operands' dtype, or that of a descriptor of them."""
     types = {"x_ptr": dtype, "w_ptr": dtype, "ids_ptr": "*i64"}
-    return _variant(name, "tiled", function, "tiles", types, targets, **{"PRECISION": "ieee", **flags})
+    return _variant(name, "tiled", function, launch, types, targets, **{"PRECISION": "ieee", **flags})
 
 
 def _tiled_variants():
     hopper = ("sm_90", "sm_100")
-    everything = {"HAS_BIAS": True, "HAS_SOFTCAP": True, "HAS_CLASS_WEIGHT": True, "SMOOTH": True, "BUCKET": True}
+    options = {"HAS_BIAS": True, "HAS_SOFTCAP": True, "HAS_CLASS_WEIGHT": True, "SMOOTH": True}
+    everything, labels = {**options, "BUCKET": True}, {**options, "WITH_CE": True, "HAS_LABELS": True}
     for through, targets, flags in ((", descriptors", hopper, {"TMA": True}), ("", TARGETS, {})):
         yield _tiled(f"tiled cross-entropy, look{through}", "_cross_entropy_look", targets, **flags)
         yield _tiled(f"tiled cross-entropy, look, 64 ids, all options{through}", "_cross_entropy_look", targets, K=64,
@@ -65,6 +66,11 @@ def _tiled_variants():
         yield _tiled(f"tiled cross-entropy, slope{through}", "_cross_entropy_slope", targets, **flags)
         yield _tiled(f"tiled cross-entropy, slope, all options{through}", "_cross_entropy_slope", targets, **everything,
                      **flags)
+        yield _tiled(f"tiled distillation, look, 20 ids{through}", "_distill_look", targets, K=20, **flags)
+        yield _tiled(f"tiled distillation, slope{through}", "_distill_slope", targets, **flags)
+        for kernel in ("look", "slope"):
+            yield _tiled(f"tiled distillation, {kernel}, 64 ids, all options{through}", f"_distill_{kernel}", targets,
+                         launch="narrow tiles", K=64, **labels, **flags)
         yield _tiled(f"tiled log-probability, look{through}", "_logprob_look", targets, HAS_SOFTCAP=True, **flags)
         yield _tiled(f"tiled log-probability, slope{through}", "_logprob_slope", targets, HAS_SOFTCAP=True, **flags)
         for kernel in ("look", "slope"):
@@ -72,10 +78,12 @@ def _tiled_variants():
                          dtype="fp16", **flags)
     for precision in ("ieee", "tf32"):
         for kernel in ("look", "slope"):
-            yield _tiled(f"tiled cross-entropy, {kernel}, float32 {precision}", f"_cross_entropy_{kernel}",
-                         TARGETS if precision == "ieee" else TARGETS[:3], dtype="fp32", PRECISION=precision)
+            for name, op in (("cross-entropy", "cross_entropy"), ("distillation", "distill")):
+                yield _tiled(f"tiled {name}, {kernel}, float32 {precision}", f"_{op}_{kernel}",
+                             TARGETS if precision == "ieee" else TARGETS[:3], dtype="fp32", PRECISION=precision)
     yield _variant("tiled cross-entropy, targets", "tiled", "_cross_entropy_targets", "targets", K=64, BLOCK_K=64,
                    **everything)
+    yield _variant("tiled distillation, targets", "tiled", "_distill_targets", "targets", K=64, BLOCK_K=64, **labels)
 
 
 # of a head, logits are float32 and the gradient that takes their place bfloat16
@@ -218,11 +226,12 @@ def _launch(variant: Variant, target: str):
 
     if variant.launch == "targets":
         return "ids of a row", {}, {"num_warps": 1}
-    if variant.launch == "tiles":
+    if variant.launch.endswith("tiles"):
         dtype = torch.float32 if dict(variant.types)["x_ptr"] == "fp32" else torch.bfloat16
         found = tiles_of(target, dtype, dict(variant.flags).get("TMA", False))
+        found = found.narrow if variant.launch == "narrow tiles" else found
         sizes = {"BLOCK_N": found.rows, "BLOCK_V": found.columns, "BLOCK_D": found.terms, "GROUP": found.group}
-        return "launch.TILES", sizes, {"num_warps": found.warps, "num_stages": found.stages}
+        return "launch.TILES" + ".narrow" * variant.launch.startswith("narrow"), sizes, {"num_warps": found.warps, "num_stages": found.stages}
     found = configured(variant.launch, target.startswith("gfx"))
     sizes = ({"BLOCK_V": found.block} if isinstance(found, Rows)
              else {"BLOCK_R": found.rows, "BLOCK_C": found.columns, "BLOCK_D": found.hidden})

@@ -68,8 +68,8 @@ HEAD = Work(3, 0, 4 + 4 + 2, "float32 outputs looked at twice, bfloat16 gradient
 TILED_HEAD = dataclasses.replace(HEAD, tiled=True)
 WORK = {
     "linear_cross_entropy": TILED_HEAD,
-    "linear_distill": HEAD,
-    "linear_distill_hidden": Work(4, 0, 2 * (4 + 4) + 2, "forward KL: both sides looked at twice"),
+    "linear_distill": TILED_HEAD,
+    "linear_distill_hidden": Work(4, 0, 3 * (4 + 4) + 2, "JSD: both sides looked at three times (a forward KL: twice)"),
     "linear_logprob": TILED_HEAD,
     "softmax": Work(0, 2 + 2, 2 + 2 + 2, "looked at twice"),
     "log_softmax": Work(0, 2 + 2, 2 + 2 + 2, "looked at twice"),

@@ -25,6 +25,8 @@ from .launch import row_launch, unseen
 from .logits import NO_ID, load_logits, raised, store_slope, support_until
 
 BUCKET, RENORMALISE, SUPPORT = (tl.constexpr(tail) for tail in range(3))
+# what the slope of a row is made of
+SHIFT, ON_TAIL, SLOPE, CE_SHIFT, CE_ON_Q, CE_SHARP, CE_EACH, PARTS = (tl.constexpr(i) for i in range(8))
 TAILS = {"bucket": BUCKET, "renormalise": RENORMALISE, "support": SUPPORT}
 # of the state: the student (of a sparse teacher: off the support), cross-entropy, a dense teacher, its terms
 TOP, TOTAL, CE_TOP, CE_TOTAL, LABEL, BELOW, WEIGHT, T_TOP, T_TOTAL, VALUE, OWN, STATE = (
@@ -71,11 +73,12 @@ def _label_loss(
 
 
 @triton.jit
-def _label_slope(
-    c, at, mask, class_weight_ptr, offsets, top, total, on_q, sharp, each, SMOOTH: tl.constexpr,
+def label_slope(
+    c, at, mask, class_weight_ptr, offsets, top, on_e, sharp, each, SMOOTH: tl.constexpr,
     HAS_CLASS_WEIGHT: tl.constexpr,
 ):
-    g = on_q / total * tl.exp(c - top) - tl.where(at, sharp, 0.0)
+    """``on_e e^(c - top)``, at a label less ``sharp``, with smoothing less ``each`` of the class weights."""
+    g = on_e * tl.exp(c - top) - tl.where(at, sharp, 0.0)
     if SMOOTH:
         g -= each * (tl.load(class_weight_ptr + offsets, mask=mask, other=0.0) if HAS_CLASS_WEIGHT else 1.0)
     return g
@@ -90,13 +93,14 @@ def _sparse_rows(
     tokens_ptr, first_token,                        # (R,) int64: places of the rows; without: one after the other
     bias_ptr, class_weight_ptr,                     # (C,)
     ids_ptr, weights_ptr, slopes_ptr,               # (R, K); the slopes are made here
+    parts_ptr,                                      # (R, PARTS); made here
     labels_ptr, label_weight_ptr, row_scale_ptr,    # (R,)
     state_ptr,                                      # (R, STATE + K)
     results_ptr, results_stride,                    # (4, R) loss, divergence, nll, lse
     columns, first_id, vocab, scale, softcap, inverse_temperature, beta, factor, reported, label_smoothing, z_loss,
     ce_factor,
     KIND: tl.constexpr, TAIL: tl.constexpr, LOOK: tl.constexpr, FINISH: tl.constexpr, GRADIENT: tl.constexpr,
-    CARRY: tl.constexpr, BY_TOKEN: tl.constexpr, HAS_TOKENS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_PARTS: tl.constexpr, CARRY: tl.constexpr, BY_TOKEN: tl.constexpr, HAS_TOKENS: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, WITH_CE: tl.constexpr, HAS_LABELS: tl.constexpr, HAS_CLASS_WEIGHT: tl.constexpr,
     HAS_LABEL_WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr,
     NARROWED: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -214,7 +218,7 @@ def _sparse_rows(
             tl.store(results_ptr + 3 * results_stride + row, lse)
         tl.store(results_ptr + row, loss)
 
-    if GRADIENT:
+    if GRADIENT or HAS_PARTS:
         slopes = tl.where(ignored, 0.0, pulls - tl.exp(log_q) * own)
         tl.store(slopes_ptr + k, slopes, mask=k < K)
         tl.debug_barrier()          # all threads read all of them
@@ -224,6 +228,17 @@ def _sparse_rows(
         _, shift = raised(top, tl.full([1], NEVER, tl.float32))
         q_tail = tl.exp(log_q_tail)
         on_tail = tl.where(total > 0, (pull_tail - q_tail * own) / total, 0.0) if TAIL != SUPPORT else 0.0
+        if HAS_PARTS:
+            parts_ptr += row * PARTS
+            tl.store(parts_ptr + SHIFT, shift)
+            tl.store(parts_ptr + ON_TAIL, slope * on_tail)
+            tl.store(parts_ptr + SLOPE, slope)
+            if WITH_CE:
+                tl.store(parts_ptr + CE_SHIFT, ce_top)
+                tl.store(parts_ptr + CE_ON_Q, row_scale * (on_q / ce_total))
+                tl.store(parts_ptr + CE_SHARP, row_scale * sharp)
+                tl.store(parts_ptr + CE_EACH, row_scale * each)
+    if GRADIENT:
         next_k, next_id = 0, tl.load(ids_ptr)
         for start in range(0, columns, BLOCK_V):
             offsets = start + lanes
@@ -237,8 +252,8 @@ def _sparse_rows(
                 g = tl.where(on > 0, g, on_tail * tl.exp(c * inverse_temperature - shift))
             g *= slope
             if WITH_CE:
-                g += row_scale * _label_slope(
-                    c, first_id + offsets == y, mask, class_weight_ptr, offsets, ce_top, ce_total, on_q, sharp, each,
+                g += row_scale * label_slope(
+                    c, first_id + offsets == y, mask, class_weight_ptr, offsets, ce_top, on_q / ce_total, sharp, each,
                     SMOOTH, HAS_CLASS_WEIGHT)
             g *= scale
             store_slope(grad_ptr, offsets, g, c, softcap, mask, HAS_SOFTCAP, NARROWED)
@@ -381,8 +396,8 @@ def _dense_rows(
                 values += tl.where(offsets < extent, found, 0.0)
             g = slope * (pulls - tl.exp(log_q) * own)
             if WITH_CE:
-                g += row_scale * _label_slope(
-                    c, first_id + offsets == y, mask, class_weight_ptr, offsets, ce_top, ce_total, on_q, sharp, each,
+                g += row_scale * label_slope(
+                    c, first_id + offsets == y, mask, class_weight_ptr, offsets, ce_top, on_q / ce_total, sharp, each,
                     SMOOTH, HAS_CLASS_WEIGHT)
             g *= scale
             store_slope(grad_ptr, offsets, g, c, softcap, mask, HAS_SOFTCAP, NARROWED)
@@ -416,7 +431,7 @@ class DistillRows:
             "HAS_LABELS": labels is not None, "HAS_CLASS_WEIGHT": class_weight is not None,
             "HAS_LABEL_WEIGHT": label_weight is not None, "SMOOTH": with_ce and label_smoothing > 0}
         self.results = torch.zeros(4, count, dtype=torch.float32, device=device)
-        self.state = None
+        self.state = self.parts = self.slopes = None
 
     def run(
         self, x, grad, bias=None, column=0, first_id=0, *, scale=1.0, softcap=0.0, by_token=False, look=True,
@@ -445,11 +460,11 @@ class DistillRows:
             "CARRY": carry, "BY_TOKEN": by_token, "HAS_TOKENS": has_tokens, "HAS_BIAS": bias is not None,
             "HAS_SOFTCAP": softcap > 0, "NARROWED": grad is not None and grad.dtype.itemsize < x.dtype.itemsize}
         if teacher is None:
-            slopes = torch.empty_like(self.weights) if grad is not None else self.weights
+            slopes = torch.empty_like(self.weights) if grad is not None else given(self.slopes)
             row_launch(
                 _sparse_rows, "distill", self.count, x, *outputs, *tokens, given(bias), class_weight, self.ids,
-                self.weights, slopes, *rows, x.shape[1], first_id, **common, TAIL=self.tail, LOOK=look, K=k,
-                BLOCK_K=triton.next_power_of_2(k))
+                self.weights, slopes, given(self.parts), *rows, x.shape[1], first_id, **common, TAIL=self.tail,
+                LOOK=look, HAS_PARTS=self.parts is not None, K=k, BLOCK_K=triton.next_power_of_2(k))
         else:
             self._dense(outputs, tokens, given(bias), class_weight, rows, x, first_id, look, finish, step, common,
                         **teacher)

@@ -51,6 +51,11 @@ class Tiles:
     group: int = 16
     items: int = 1024
 
+    @property
+    def narrow(self) -> Tiles:
+        """Of half as many columns, where so much is made of each logit that registers run out."""
+        return dataclasses.replace(self, columns=self.columns // 2)
+
 
 # Of 16-bit operands, by chip family: a tile whose float32 sums, and what is made of them, fit the registers.
 TILES = {

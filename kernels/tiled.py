@@ -5,14 +5,15 @@ Of hidden states x (R, D) and a weight w (V, D), the raw outputs u of rows i and
     u_ij = sum_d x_id w_jd,     z = softcap * tanh(scale * (u + bias) / softcap) / temperature
 
 A program has a tile of rows and a *span*, tiles of columns one after the other. For each of its rows it keeps what
-``kernels.cross_entropy`` or ``kernels.logprob`` keep, with a running maximum m,
+``kernels.cross_entropy``, ``kernels.distill`` or ``kernels.logprob`` keep, with a running maximum m,
 
     m' = max(m, max_j z_j),     total' = total e^(m - m') + sum_j e^(z_j - m')      and so on,
 
 and leaves it as the ``state`` of its span. Spans are then added up in their order, like the ranks of a group. What is
 known of each row then makes the gradient: a tile is computed again, and its slope dloss/du written, for as many columns
 as there is memory for. At the ids of a target, whose logits the first look has found, a kernel of rows writes over it.
-(Class probabilities are as many as logits: there is nothing to be gained.)
+(Class probabilities and a teacher's logits are as many as logits: there is nothing to be gained. A teacher's hidden
+states would take a second tile in registers.)
 
 Rows of tiles are worked on in groups: the programs of a moment share operands, which they then find in the L2 cache.
 Where the chip has a tensor memory accelerator, and rows are aligned, operands come through it.
@@ -28,12 +29,14 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import cross_entropy as ce
+from . import distill as ds
 from . import logprob as lp
 from .launch import float32_products, has_tensor_memory_accelerator, multiprocessors, tiles, unseen
 from .logits import NO_ID, TRUNCATES, capped, nearest_bfloat16, store_slope
 
 NOWHERE = tl.constexpr(2**31 - 1)
 ALIGNMENT = 16      # bytes, of what a descriptor names
+STATES = max(op.STATE.value for op in (ce, ds, lp))     # numbers of a row's state, at most
 
 
 # -- a tile -----------------------------------------------------------------------------------------------------------
@@ -94,12 +97,51 @@ def load_places(ids_ptr, offsets, mask, first_id, columns):
 
 
 @triton.jit
+def next_target(ids_ptr, row, there, first_column, first_id, columns, K: tl.constexpr):
+    """Which of a row's ids (R, K), in ascending order, is the first at ``first_column`` or behind it, and where."""
+    next_k = tl.zeros_like(row).to(tl.int32)
+    for k in range(K):
+        place = load_places(ids_ptr, row * K + k, there, first_id, columns)
+        next_k += (place < first_column).to(tl.int32)
+    return next_k, load_places(ids_ptr, row * K + next_k, there & (next_k < K), first_id, columns)
+
+
+@triton.jit
+def meet_targets(
+    z, j, last, ids_ptr, z_ptr, row, next_k, next_place, first_id, columns, REMOVE: tl.constexpr, K: tl.constexpr,
+):
+    """The logits z at columns j, all before ``last``, of ids that are there go to ``z_ptr``; with ``REMOVE`` -inf takes
+    their place."""
+    met = next_place < last
+    while tl.max(met.to(tl.int32), 0) > 0:
+        at = j == next_place[:, None]
+        tl.store(z_ptr + row * K + next_k, tl.sum(tl.where(at, z, 0.0), 1), mask=met)
+        if REMOVE:
+            z = tl.where(at, -float("inf"), z)
+        next_k += met.to(tl.int32)
+        following = load_places(ids_ptr, row * K + next_k, met & (next_k < K), first_id, columns)
+        next_place = tl.where(met, following, next_place)
+        met = next_place < last
+    return z, next_k, next_place
+
+
+@triton.jit
 def highest(top, z):
     """The maximum of each row so far, how much it rose, and what exponents are relative to: 0 for -inf."""
     before = top
     top = tl.maximum(top, tl.max(z, 1))
     rise = tl.where(before == -float("inf"), 0.0, top - before)
     return top, rise, tl.where(top == -float("inf"), 0.0, top)
+
+
+@triton.jit
+def smoothed(below, weight, z, top, rise, class_weight_ptr, j, columns, HAS_CLASS_WEIGHT: tl.constexpr):
+    """sum_j a_j (top - z_j) and sum_j a_j of each row so far, of class weights a, after the maximum's ``rise``."""
+    a = tl.where(j < columns, 1.0, 0.0)
+    if HAS_CLASS_WEIGHT:
+        a = tl.load(class_weight_ptr + j, mask=j < columns, other=0.0)
+    below += weight * rise + tl.sum(tl.where(a != 0, a * (top[:, None] - z), 0.0), 1)
+    return below, weight + tl.sum(a, 1)
 
 
 # -- cross-entropy ----------------------------------------------------------------------------------------------------
@@ -124,13 +166,7 @@ def _cross_entropy_look(
         there, row = i < rows, i.to(tl.int64)
         first, last = span * blocks // spans, (span + 1) * blocks // spans
 
-        # which of a row's ids, in ascending order, is the next to be met
-        next_k = tl.zeros([BLOCK_N], tl.int32)
-        for k in range(K):
-            place = load_places(ids_ptr, row * K + k, there, first_id, columns)
-            next_k += (place < first * BLOCK_V).to(tl.int32)
-        next_place = load_places(ids_ptr, row * K + next_k, there & (next_k < K), first_id, columns)
-
+        next_k, next_place = next_target(ids_ptr, row, there, first * BLOCK_V, first_id, columns, K)
         top = tl.full([BLOCK_N], NEVER, tl.float32)
         total = tl.zeros([BLOCK_N], tl.float32)
         peak, below, weight = top, total, total
@@ -142,21 +178,10 @@ def _cross_entropy_look(
             z = capped(u, bias_ptr, j, j < columns, scale, softcap, HAS_BIAS, HAS_SOFTCAP) * inverse_temperature
             if SMOOTH:
                 peak, rise, _ = highest(peak, z)
-                a = tl.where(j < columns, 1.0, 0.0)
-                if HAS_CLASS_WEIGHT:
-                    a = tl.load(class_weight_ptr + j, mask=j < columns, other=0.0)
-                below += weight * rise + tl.sum(tl.where(a != 0, a * (peak[:, None] - z), 0.0), 1)
-                weight += tl.sum(a, 1)
-            met = next_place < column + BLOCK_V
-            while tl.max(met.to(tl.int32), 0) > 0:
-                at = j == next_place[:, None]
-                tl.store(z_ptr + row * K + next_k, tl.sum(tl.where(at, z, 0.0), 1), mask=met)
-                if BUCKET:      # the sum is of what is off the support
-                    z = tl.where(at, NEVER, z)
-                next_k += met.to(tl.int32)
-                following = load_places(ids_ptr, row * K + next_k, met & (next_k < K), first_id, columns)
-                next_place = tl.where(met, following, next_place)
-                met = next_place < column + BLOCK_V
+                below, weight = smoothed(below, weight, z, peak, rise, class_weight_ptr, j, columns, HAS_CLASS_WEIGHT)
+            # with a bucket, the sum is of what is off the support
+            z, next_k, next_place = meet_targets(
+                z, j, column + BLOCK_V, ids_ptr, z_ptr, row, next_k, next_place, first_id, columns, BUCKET, K)
             top, rise, shift = highest(top, z)
             total = total * tl.exp(-rise) + tl.sum(tl.exp(z - shift[:, None]), 1)
 
@@ -310,6 +335,139 @@ def _logprob_slope(
                     HAS_SOFTCAP, False)
 
 
+# -- distillation from a sparse teacher -------------------------------------------------------------------------------
+
+
+@triton.jit
+def _distill_look(
+    x_ptr, x_stride, x_inner, w_ptr, w_stride, w_inner,         # (R, D), (V, D), or descriptors
+    bias_ptr, class_weight_ptr,                     # (V,)
+    ids_ptr, z_ptr, labels_ptr,                     # (R, K), their logits, (R,)
+    state_ptr,                                      # (S, R, STATE)
+    rows, columns, hidden, spans, first_id, scale, softcap, inverse_temperature,
+    SUPPORT: tl.constexpr, WITH_CE: tl.constexpr, HAS_LABELS: tl.constexpr, SMOOTH: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_CLASS_WEIGHT: tl.constexpr, K: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    row_tiles, blocks = tl.cdiv(rows, BLOCK_N), tl.cdiv(columns, BLOCK_V)
+    for item in range(tl.program_id(0), row_tiles * spans, tl.num_programs(0)):
+        row_tile, span = place_of(item, row_tiles, spans, GROUP)
+        i = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        there, row = i < rows, i.to(tl.int64)
+        first, last = span * blocks // spans, (span + 1) * blocks // spans
+        at = state_ptr + (span.to(tl.int64) * rows + row) * ds.STATE
+
+        next_k, next_place = next_target(ids_ptr, row, there, first * BLOCK_V, first_id, columns, K)
+        top = tl.full([BLOCK_N], -float("inf"), tl.float32)
+        total = tl.zeros([BLOCK_N], tl.float32)
+        ce_top, ce_total, below, weight = top, total, total, total
+        for block in range(first, last):
+            column = block * BLOCK_V
+            j = (column + tl.arange(0, BLOCK_V))[None, :]
+            u = outputs(x_ptr, x_stride, x_inner, w_ptr, w_stride, w_inner, row_tile * BLOCK_N, column, rows, columns,
+                        hidden, TMA, PRECISION, BLOCK_N, BLOCK_V, BLOCK_D)
+            c = capped(u, bias_ptr, j, j < columns, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
+            if WITH_CE:         # at temperature 1
+                if HAS_LABELS:
+                    y = load_places(labels_ptr, row, there, first_id, columns)
+                    c_y = tl.sum(tl.where(j == y[:, None], c, 0.0), 1)
+                    tl.store(at + ds.LABEL, c_y, mask=(y >= column) & (y < column + BLOCK_V))
+                ce_top, rise, shift = highest(ce_top, c)
+                if SMOOTH:
+                    below, weight = smoothed(
+                        below, weight, c, ce_top, rise, class_weight_ptr, j, columns, HAS_CLASS_WEIGHT)
+                ce_total = ce_total * tl.exp(-rise) + tl.sum(tl.exp(c - shift[:, None]), 1)
+            z, next_k, next_place = meet_targets(
+                c * inverse_temperature, j, column + BLOCK_V, ids_ptr, z_ptr, row, next_k, next_place, first_id,
+                columns, not SUPPORT, K)
+            if not SUPPORT:     # the sum is of what is off the support
+                top, rise, shift = highest(top, z)
+                total = total * tl.exp(-rise) + tl.sum(tl.exp(z - shift[:, None]), 1)
+
+        if not SUPPORT:
+            tl.store(at + ds.TOP, top, mask=there)
+            tl.store(at + ds.TOTAL, total, mask=there)
+        if WITH_CE:
+            tl.store(at + ds.CE_TOP, ce_top, mask=there)
+            tl.store(at + ds.CE_TOTAL, ce_total, mask=there)
+            if SMOOTH:
+                tl.store(at + ds.BELOW, below, mask=there)
+                tl.store(at + ds.WEIGHT, weight, mask=there)
+
+
+@triton.jit
+def _label_slope(
+    c, at, mask, class_weight_ptr, offsets, parts, there, SMOOTH: tl.constexpr, HAS_CLASS_WEIGHT: tl.constexpr,
+):
+    """The cross-entropy's part of the slope, of rows that are ``there``."""
+    each = tl.load(parts + ds.CE_EACH, mask=there, other=0.0) if SMOOTH else 0.0
+    return ds.label_slope(
+        c, at, mask, class_weight_ptr, offsets, tl.load(parts + ds.CE_SHIFT, mask=there, other=0.0),
+        tl.load(parts + ds.CE_ON_Q, mask=there, other=0.0), tl.load(parts + ds.CE_SHARP, mask=there, other=0.0), each,
+        SMOOTH, HAS_CLASS_WEIGHT)
+
+
+@triton.jit
+def _distill_slope(
+    x_ptr, x_stride, x_inner, w_ptr, w_stride, w_inner,         # (R, D), (C, D), or descriptors
+    bias_ptr, class_weight_ptr,                     # (C,)
+    labels_ptr, parts_ptr,                          # (R,), (R, PARTS)
+    grad_ptr, grad_stride,                          # (R, C)
+    rows, columns, hidden, first_id, scale, softcap, inverse_temperature,
+    SUPPORT: tl.constexpr, WITH_CE: tl.constexpr, HAS_LABELS: tl.constexpr, SMOOTH: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_CLASS_WEIGHT: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
+):
+    row_tiles, blocks = tl.cdiv(rows, BLOCK_N), tl.cdiv(columns, BLOCK_V)
+    for item in range(tl.program_id(0), row_tiles * blocks, tl.num_programs(0)):
+        row_tile, block = place_of(item, row_tiles, blocks, GROUP)
+        i = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        j = (block * BLOCK_V + tl.arange(0, BLOCK_V))[None, :]
+        there, row = i < rows, i.to(tl.int64)
+        u = outputs(x_ptr, x_stride, x_inner, w_ptr, w_stride, w_inner, row_tile * BLOCK_N, block * BLOCK_V, rows,
+                    columns, hidden, TMA, PRECISION, BLOCK_N, BLOCK_V, BLOCK_D)
+        c = capped(u, bias_ptr, j, j < columns, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
+        parts = parts_ptr + row[:, None] * ds.PARTS
+        g = tl.zeros_like(c)
+        if not SUPPORT:
+            shift = tl.load(parts + ds.SHIFT, mask=there[:, None], other=0.0)
+            g += tl.load(parts + ds.ON_TAIL, mask=there[:, None], other=0.0) * tl.exp(c * inverse_temperature - shift)
+        if WITH_CE:
+            y = load_places(labels_ptr, row, there, first_id, columns) if HAS_LABELS else tl.zeros_like(i) - 1
+            g += _label_slope(c, j == y[:, None], j < columns, class_weight_ptr, j, parts, there[:, None], SMOOTH,
+                              HAS_CLASS_WEIGHT)
+        store_slope(grad_ptr, row[:, None] * grad_stride + j, g * scale, c, softcap, there[:, None] & (j < columns),
+                    HAS_SOFTCAP, False)
+
+
+@triton.jit
+def _distill_targets(
+    grad_ptr, grad_stride,                          # (R, C)
+    ids_ptr, weights_ptr, slopes_ptr, labels_ptr,   # (R, K), (R, K), (R, K), (R,)
+    state_ptr,                                      # (R, STATE + K)
+    class_weight_ptr,                               # (C,)
+    parts_ptr,                                      # (R, PARTS)
+    columns, first_id, scale, softcap, temperature,
+    WITH_CE: tl.constexpr, HAS_LABELS: tl.constexpr, SMOOTH: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    HAS_CLASS_WEIGHT: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    """The slope at the support of each row's teacher, from its logits."""
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, BLOCK_K)
+    ids = tl.load(ids_ptr + row * K + k, mask=k < K, other=NO_ID)
+    on = tl.load(weights_ptr + row * K + k, mask=k < K, other=0.0) > 0
+    inside = on & (ids >= first_id) & (ids < first_id + columns)
+    place = tl.where(inside, ids - first_id, 0)
+    c = tl.load(state_ptr + row * (ds.STATE + K) + ds.STATE + k, mask=inside, other=0.0) * temperature
+    parts = parts_ptr + row * ds.PARTS + tl.zeros_like(k)
+    g = tl.load(parts + ds.SLOPE) * tl.load(slopes_ptr + row * K + k, mask=inside, other=0.0)
+    if WITH_CE:
+        y = tl.load(labels_ptr + row) if HAS_LABELS else tl.full([], -1, tl.int64)
+        g += _label_slope(c, ids == y, inside, class_weight_ptr, place, parts, inside, SMOOTH, HAS_CLASS_WEIGHT)
+    store_slope(grad_ptr, row * grad_stride + place, g * scale, c, softcap, inside, HAS_SOFTCAP, False)
+
+
 # -- launchers --------------------------------------------------------------------------------------------------------
 
 
@@ -324,6 +482,7 @@ class Head:
     first_id: int
     scale: float
     softcap: float
+    narrow: bool = False        # tiles
 
     def part(self, columns: slice) -> Head:
         return dataclasses.replace(
@@ -337,7 +496,8 @@ class Head:
 
     @property
     def tiles(self):
-        return tiles(len(self.weight), self.x.dtype, self.x.device, self.by_descriptor)
+        found = tiles(len(self.weight), self.x.dtype, self.x.device, self.by_descriptor)
+        return found.narrow if self.narrow else found
 
     def spans(self) -> int:
         return spans(len(self.x), len(self.weight), self.tiles)
@@ -371,8 +531,8 @@ def spans(rows: int, columns: int, found) -> int:
 
 def state_bytes(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> int:
     """Of all spans, at most."""
-    found = tiles(columns, dtype, device, by_descriptor=False)      # whose tiles are not larger
-    return 4 * ce.STATE.value * min(rows * triton.cdiv(columns, found.columns), found.items * found.rows + rows)
+    found = tiles(columns, dtype, device, by_descriptor=False).narrow   # none are smaller
+    return 4 * STATES * min(rows * triton.cdiv(columns, found.columns), found.items * found.rows + rows)
 
 
 def look_cross_entropy(rows: ce.CrossEntropyRows, head: Head):
@@ -423,3 +583,41 @@ def slope_logprob(rows: lp.LogprobRows, head: Head, columns: slice, grad) -> Non
     part.launch(_logprob_slope, triton.cdiv(len(part.weight), part.tiles.columns), rows.ids, rows.row_scale, rows.state,
                 rows.results, rows.results.stride(0), grad, grad.stride(0), first_id=part.first_id,
                 inverse_temperature=1 / rows.temperature)
+
+
+def look_distill(rows: ds.DistillRows, head: Head):
+    """As ``look_cross_entropy``: states of spans, and logits of the teacher's ids at its temperature. There is room for
+    ``rows.parts`` and ``rows.slopes``."""
+    head = dataclasses.replace(head, narrow=rows.options["WITH_CE"])
+    count, k = rows.ids.shape
+    state = unseen(head.spans(), count, ds.STATE.value, maxima=(ds.TOP.value, ds.CE_TOP.value, ds.T_TOP.value),
+                   absent=(ds.LABEL.value,), device=head.x.device)
+    z = torch.full((count, k), torch.nan, dtype=torch.float32, device=head.x.device)
+    if rows.row_scale is not None:
+        rows.parts = torch.empty(count, ds.PARTS.value, dtype=torch.float32, device=head.x.device)
+        rows.slopes = torch.empty_like(rows.weights)
+    head.launch(
+        _distill_look, len(state), head.x if rows.class_weight is None else rows.class_weight, rows.ids, z,
+        head.x if rows.labels is None else rows.labels, state, spans=len(state), first_id=head.first_id,
+        SUPPORT=rows.tail == ds.SUPPORT.value, **_of_distillation(rows), K=k)
+    return state, z
+
+
+def slope_distill(rows: ds.DistillRows, head: Head, columns: slice, grad) -> None:
+    """dloss/du of these columns into ``grad`` (R, C), once ``rows.parts`` and ``rows.slopes`` are known."""
+    part, (count, k) = dataclasses.replace(head.part(columns), narrow=rows.options["WITH_CE"]), rows.ids.shape
+    class_weight = head.x if rows.class_weight is None else rows.class_weight[columns]
+    options = _of_distillation(rows)
+    labels = head.x if rows.labels is None else rows.labels
+    part.launch(_distill_slope, triton.cdiv(len(part.weight), part.tiles.columns), class_weight, labels, rows.parts,
+                grad, grad.stride(0), first_id=part.first_id, SUPPORT=rows.tail == ds.SUPPORT.value, **options)
+    _distill_targets[(count,)](
+        grad, grad.stride(0), rows.ids, rows.weights, rows.slopes, labels, rows.state, class_weight, rows.parts,
+        len(part.weight), part.first_id, scale=head.scale, softcap=head.softcap,
+        temperature=1 / options.pop("inverse_temperature"), HAS_SOFTCAP=head.softcap > 0, **options, K=k,
+        BLOCK_K=triton.next_power_of_2(k), num_warps=1)
+
+
+def _of_distillation(rows: ds.DistillRows) -> dict:
+    return {name: rows.options[name]
+            for name in ("inverse_temperature", "WITH_CE", "HAS_LABELS", "SMOOTH", "HAS_CLASS_WEIGHT")}

@@ -91,8 +91,7 @@ def _compiled(op: str) -> Backend:
 def _triton(op: str, module: str = "ssd_core.triton") -> Backend:
     """The interpreter runs kernels on CPU tensors."""
     devices = ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
-    counted = {"linear_cross_entropy": "tiled_bytes", "linear_logprob": "tiled_bytes", "linear_distill": "linear_bytes"}
-    counts = f"ssd_core.triton:{counted[op]}" if op in counted else ""
+    counts = "ssd_core.triton:linear_bytes" if op.startswith("linear_") else ""
     return Backend(op, "triton", f"{module}:{op}", devices=devices, dtypes=COMPILED,
                    needs="ssd_core.triton:missing", counts=counts)
 

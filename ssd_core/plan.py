@@ -68,7 +68,7 @@ class Demand:
     teacher_hidden: int = 0     # length of a teacher's hidden states
     softcap: bool = False
     smoothing: bool = False
-    dense: bool = False         # class probabilities
+    dense: bool = False         # class probabilities, or a teacher's
     ranks: int = 1              # that share the vocabulary
     summed: int = 0             # tokens, counting or not, whose d_input is added up over them
     held: Callable[[int, int], int] | None = None   # bytes of so many rows and columns, if the backend counts them

@@ -1,6 +1,7 @@
 """Backend "triton": the interfaces of ``ssd_core.chunked``, served by the Triton kernels.
 
-A head has two routes, of which ``ssd_core.plan`` chooses. *Chunked*: the library's product makes a chunk of logits in
+A head has two routes, of which ``ssd_core.plan`` chooses (only the first, where a target or a teacher has a number for
+every id, and for the gradient filter). *Chunked*: the library's product makes a chunk of logits in
 float32, kernels of rows put the gradient in their place. *Tiled*: ``kernels.tiled`` computes logits where it looks at
 them, and again where it makes the gradient, which alone is in memory. Either gradient goes through the library's
 products, in the loop of ``chunked.head``.
@@ -29,23 +30,18 @@ def missing() -> str | None:
 
 def linear_bytes(demand) -> dict:
     """Rows are worked on in registers; outputs are in float32. For the gradient filter, the weight's rows are copied
-    together, blocks of them are worked on in float32, and d_input is added up in parts."""
-    if not demand.filtered:
-        return {"buffers": 0, "wide_logits": True}
+    together, blocks of them are worked on in float32, and d_input is added up in parts. The tiled route holds the state
+    of all spans twice while they are merged."""
     from ssd_core.kernels.grad_filter import groups_of
-
-    partial = groups_of(-(-demand.vocab // filters.TILE), demand.hidden, demand.dtype)
-    return {"buffers": 3, "wide_logits": True, "cast": True, "partial": partial}
-
-
-def tiled_bytes(demand) -> dict:
-    """The same of an op that has the tiled route, which holds the state of all spans twice while they are merged."""
     from ssd_core.kernels.tiled import state_bytes
 
     def held(rows):
         return 2 * state_bytes(rows, demand.vocab, demand.dtype, demand.device)
 
-    return {**linear_bytes(demand), "tiled": None if demand.dense or demand.filtered else held}
+    if demand.filtered:
+        partial = groups_of(-(-demand.vocab // filters.TILE), demand.hidden, demand.dtype)
+        return {"buffers": 3, "wide_logits": True, "cast": True, "partial": partial}
+    return {"buffers": 0, "wide_logits": True, "tiled": None if demand.dense else held}
 
 
 class KernelPass:
@@ -406,7 +402,10 @@ def linear_distill(
     rows, *, class_weight, label_weight, row_scale, needs, chunks, keep_float32, dtype, logit_scale, softcap,
     teacher_logit_scale, teacher_softcap, vocab, vocab_start, group, **options,
 ):
+    from ssd_core.kernels.tiled import slope_distill
+
     make = _distill_rows(ids, probs, labels, class_weight, label_weight, input.device, vocab=vocab, **options)
+    tiled = chunks.route == "tiled"     # of a sparse teacher
     teacher_head = buffer = None
     extent = 0 if teacher_logits is None else teacher_logits.shape[1]
     if teacher_logits is not None and teacher_logits.stride(1) != 1:
@@ -420,6 +419,8 @@ def linear_distill(
 
     def make_pass(index, part):
         found = make(index, part.stop - part.start, _taken(row_scale, part))
+        if tiled:
+            return TiledPass(found, _reduce_sparse_distill, _look_distill, slope_distill)
         if ids is not None:
             return KernelPass(found, _reduce_sparse_distill)
         return TaughtPass(found, teacher_logits, teacher_head, index, teacher_logit_scale, teacher_softcap, buffer)
@@ -427,7 +428,7 @@ def linear_distill(
     results, *grads = heads.run(
         _head(input, linear_weight, linear_bias, logit_scale, softcap, dtype, chunks), make_pass, rows,
         scaled=row_scale is not None, needs=needs, chunks=chunks, keep_float32=keep_float32, group=group,
-        vocab_start=vocab_start, extent=extent)
+        vocab_start=vocab_start, extent=extent, kind=Tiles if tiled else heads.Chunk)
     return *results, *grads
 
 
@@ -446,6 +447,15 @@ def distill(
         given = TaughtPass(found, teacher_logits).given(slice(None))      # they are the teacher's logits as they are
     grad = _on_logits(found, logits, row_scale is not None, rows, logit_scale, softcap, **given)
     return *found.results, grad
+
+
+def _look_distill(rows, tiles) -> None:
+    from ssd_core.kernels.tiled import look_distill
+
+    state, targets = look_distill(rows, tiles)
+    merged = state[0].clone()
+    _reduce_student(merged, state, _over_spans)
+    rows.state = torch.cat((merged, targets), -1)
 
 
 def _reduce_sparse_distill(rows, over, step) -> None:
@@ -467,10 +477,11 @@ def _reduce_dense_distill(rows, over, step) -> None:
 
 def _reduce_student(state, mine, over) -> None:
     """Of the student, and of the cross-entropy that goes with it."""
-    state[:, 0], state[:, 1] = _reduced_sums(mine[:, 0], mine[:, 1], over)
-    state[:, 2], state[:, 3] = _reduced_sums(mine[:, 2], mine[:, 3], over)
-    state[:, 4] = _owned(mine[:, 4], over)
-    state[:, 5], state[:, 6] = _reduced_below(mine[:, 5], mine[:, 6], mine[:, 2], state[:, 2], over)
+    top, total, ce_top, ce_total, label, below, weight = mine[..., :7].unbind(-1)
+    state[:, 0], state[:, 1] = _reduced_sums(top, total, over)
+    state[:, 2], state[:, 3] = _reduced_sums(ce_top, ce_total, over)
+    state[:, 4] = _owned(label, over)
+    state[:, 5], state[:, 6] = _reduced_below(below, weight, ce_top, state[:, 2], over)
 
 
 # -- sampling

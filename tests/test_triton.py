@@ -49,6 +49,12 @@ def test_each_op_in_the_interpreter(files, choice):
 
 
 @pytest.mark.all
+def test_the_tiled_route_of_sparse_distillation():
+    run_tests(files=["tests/ops/test_linear_distill.py"], choice=f"{PRECISE} and sparse", TRITON_INTERPRET="1",
+              SSD_CORE_ROUTE="tiled")
+
+
+@pytest.mark.all
 @pytest.mark.interpreted
 @pytest.mark.parametrize("choice", [PRECISE, WHAT_ROUNDS])
 def test_the_shared_suite_in_the_interpreter(choice):
@@ -56,7 +62,7 @@ def test_the_shared_suite_in_the_interpreter(choice):
     run_tests(files=["tests/ops", "tests/test_known_bugs.py"], choice=choice, TRITON_INTERPRET="1")
 
 
-HEADS = "(linear_cross_entropy or linear_logprob)"
+HEADS = "(linear_cross_entropy or linear_logprob or (linear_distill and sparse))"
 
 
 def test_the_tiled_route_in_the_interpreter():
@@ -69,6 +75,7 @@ def test_the_tiled_route_in_the_interpreter():
 @pytest.mark.interpreted
 @pytest.mark.parametrize(("files", "choice"), [
     (["tests/ops/test_linear_cross_entropy.py", "tests/ops/test_linear_logprob.py"], PRECISE),
+    (["tests/ops/test_linear_distill.py"], f"{PRECISE} and sparse"),
     (["tests/ops/test_every_op.py", "tests/ops/test_process_group.py"], f"{PRECISE} and {HEADS}"),
     (["tests/ops"], f"triton and float16 and {HEADS} and (results_and_gradients or autocast or any_chunks)")])
 def test_the_shared_suite_by_the_tiled_route(files, choice):
@@ -81,7 +88,7 @@ import sys
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ssd_core import SparseTarget, linear_cross_entropy, linear_logprob, plan, triton
+from ssd_core import SparseTarget, linear_cross_entropy, linear_distill, linear_logprob, plan, triton
 from ssd_core.kernels import tiled
 
 def problem(n, d, v, dtype=torch.float32):
@@ -93,6 +100,8 @@ def problem(n, d, v, dtype=torch.float32):
 def gradients(x, w, target):
     x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
     loss = linear_cross_entropy(x, w, target, tail="bucket", backend="triton", softcap=3.0)
+    loss = loss + linear_distill(x, w, SparseTarget(target.ids, target.probs / 4), divergence="reverse_kl",
+                                 target=target.ids[:, 1], ce_weight=0.5, temperature=2.0, backend="triton")
     found = linear_logprob(x, w, target.ids[:, 0], backend="triton")
     return [loss.detach(), *found, *torch.autograd.grad(loss + (found.logprob - found.entropy).sum(), (x, w))]
 """
@@ -110,7 +119,7 @@ make = tiled.TensorDescriptor.from_tensor
 tiled.TensorDescriptor.from_tensor = lambda *given: made.append(given) or make(*given)
 x, w, target = problem(17, 20, 70)
 true = gradients(x, w, target)
-assert len(made) == 10, len(made)           # two looks and a look again, two slopes: of each, x and weight
+assert len(made) == 14, len(made)           # three looks and a look again, three slopes: of each, x and weight
 assert all(map(torch.equal, gradients(x, w, target), true))
 apart = torch.zeros(17, 21)[:, :20].copy_(x)
 made.clear()
@@ -138,17 +147,25 @@ n, d, v = 48, 16, 1000
 x, w, target = problem(n, d, v)
 plan.SPAN, budget = 128, 90_000
 for scaled in (False, True):
-    demand = plan.Demand(n, d, v, 3, x.dtype, x.device, scaled=scaled)
-    demand = plan.dataclasses.replace(demand, **triton.tiled_bytes(demand))
+  for op in ("cross_entropy", "distill"):
+    demand = plan.Demand(n, d, v, 3 if op == "cross_entropy" else 6, x.dtype, x.device, scaled=scaled)
+    demand = plan.dataclasses.replace(demand, **triton.linear_bytes(demand))
     chunks = plan.plan_chunks(demand, budget)
     assert chunks.route == "tiled" and chunks.rows == n and (chunks.tile < v) == scaled, chunks
+    common = dict(
+        class_weight=None, label_weight=None, row_scale=torch.ones(n) if scaled else None,
+        needs=[scaled, scaled, False], chunks=chunks, keep_float32=False, dtype=x.dtype, logit_scale=1.0, softcap=0.0,
+        temperature=1.0, vocab=v, vocab_start=0, group=None, label_smoothing=0.0, z_loss=0.0)
     with Made() as made:
-        *_, d_input, d_weight, d_bias = triton.linear_cross_entropy(
-            x, w, None, target.ids, target.probs, None, None, class_weight=None, label_weight=None,
-            row_scale=torch.ones(n) if scaled else None, needs=[scaled, scaled, False], chunks=chunks,
-            keep_float32=False, dtype=x.dtype, logit_scale=1.0, softcap=0.0, temperature=1.0, vocab=v, vocab_start=0,
-            group=None, grad_filter=0.0, grad_filter_weight=0.0, one_sign=True, vocab_order=None, label_smoothing=0.0,
-            z_loss=0.0, bucket=False)
+        if op == "cross_entropy":
+            triton.linear_cross_entropy(
+                x, w, None, target.ids, target.probs, None, None, grad_filter=0.0, grad_filter_weight=0.0,
+                one_sign=True, vocab_order=None, bucket=False, **common)
+        else:
+            triton.linear_distill(
+                x, w, None, target.ids, target.probs / 4, None, None, None, None, target.ids[:, 0], None,
+                teacher_logit_scale=1.0, teacher_softcap=0.0, divergence="forward_kl", beta=0.5, tail="bucket",
+                temperature_squared=False, ce_weight=0.5, with_ce=True, **common)
     assert max(made.sizes) < n * v * 4 / 2, made.sizes
     spans = -(-v // chunks.tile)
     returned = (n + v) * d * 4 if scaled else 0

@@ -83,7 +83,7 @@ def _linear_distill(
         dtype, input.device, gathered=rows is not None, cast=tokens.packed(linear_weight, dtype),
         logits=1 if teacher_input is None else 2, passes=2 if ids is None else 1,
         teacher_hidden=0 if teacher_input is None else teacher_input.shape[1],
-        ranks=groups.size(group), summed=len(input) if process_group else 0,
+        dense=ids is None, ranks=groups.size(group), summed=len(input) if process_group else 0,
         d_weight=needs[1], wide_input=input.dtype.itemsize == 2 and bool(process_group),
         buffers=10 if ids is not None else (
             11 + (numbers.temperature != 1) + (numbers.softcap + numbers.teacher_softcap > 0)))
