@@ -10,6 +10,7 @@ import functools
 import importlib
 import importlib.util
 import math
+import os
 from collections.abc import Callable
 
 import torch
@@ -23,6 +24,7 @@ MIB = 1 << 20
 WORKSPACES = {"cpu": (16, 64, 256), "cuda": (512, 1024, 2048)}      # MiB
 USUAL = {"cpu": 64, "cuda": 512}
 DELTA = 0.01                # of the filtered variants
+TILED = ("linear_cross_entropy", "linear_distill")      # have that route in backend "triton", gradients with the loss
 FILTERED_BOUND = 5e-2       # gradient error that filtered variants claim, in norm
 
 
@@ -350,9 +352,24 @@ def _ours(op: str, device: str, dtype: torch.dtype, workspaces) -> list[Variant]
         sizes = workspaces if record.name != "torch" else [m for m in workspaces if m == USUAL.get(device)]
         for mebibytes in sizes or workspaces:
             found.append(_own(op, f"ssd-core {record.name}, {mebibytes} MiB", record.name, None, mebibytes))
+        if record.name == "triton" and op in TILED:
+            found.append(_by_tiles(found[-1]))
         if op == "linear_cross_entropy":
             found.append(_filtered(op, record, device, dtype, workspaces))
     return found
+
+
+def _by_tiles(variant: Variant) -> Variant:
+    """By the route that ``plan.py`` may not have chosen."""
+    def call(*arguments, **options):
+        before = os.environ.get("SSD_CORE_ROUTE", "")       # which says nothing
+        os.environ["SSD_CORE_ROUTE"] = "tiled"
+        try:
+            return variant.function(*arguments, **options)
+        finally:
+            os.environ["SSD_CORE_ROUTE"] = before
+
+    return dataclasses.replace(variant, name=f"{variant.name}, tiled", function=call)
 
 
 def _filtered(op, record, device, dtype, workspaces) -> Variant:

@@ -231,7 +231,8 @@ def _launch(variant: Variant, target: str):
         found = tiles_of(target, dtype, dict(variant.flags).get("TMA", False))
         found = found.narrow if variant.launch == "narrow tiles" else found
         sizes = {"BLOCK_N": found.rows, "BLOCK_V": found.columns, "BLOCK_D": found.terms, "GROUP": found.group}
-        return "launch.TILES" + ".narrow" * variant.launch.startswith("narrow"), sizes, {"num_warps": found.warps, "num_stages": found.stages}
+        name = "launch.TILES" + ".narrow" * variant.launch.startswith("narrow")
+        return name, sizes, {"num_warps": found.warps, "num_stages": found.stages}
     found = configured(variant.launch, target.startswith("gfx"))
     sizes = ({"BLOCK_V": found.block} if isinstance(found, Rows)
              else {"BLOCK_R": found.rows, "BLOCK_C": found.columns, "BLOCK_D": found.hidden})

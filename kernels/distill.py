@@ -100,10 +100,10 @@ def _sparse_rows(
     columns, first_id, vocab, scale, softcap, inverse_temperature, beta, factor, reported, label_smoothing, z_loss,
     ce_factor,
     KIND: tl.constexpr, TAIL: tl.constexpr, LOOK: tl.constexpr, FINISH: tl.constexpr, GRADIENT: tl.constexpr,
-    HAS_PARTS: tl.constexpr, CARRY: tl.constexpr, BY_TOKEN: tl.constexpr, HAS_TOKENS: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, WITH_CE: tl.constexpr, HAS_LABELS: tl.constexpr, HAS_CLASS_WEIGHT: tl.constexpr,
-    HAS_LABEL_WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr,
-    NARROWED: tl.constexpr, BLOCK_V: tl.constexpr,
+    HAS_PARTS: tl.constexpr, CARRY: tl.constexpr, BY_TOKEN: tl.constexpr, HAS_TOKENS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, WITH_CE: tl.constexpr, HAS_LABELS: tl.constexpr,
+    HAS_CLASS_WEIGHT: tl.constexpr, HAS_LABEL_WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, K: tl.constexpr,
+    BLOCK_K: tl.constexpr, NARROWED: tl.constexpr, BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     token = tl.load(tokens_ptr + row) if HAS_TOKENS else row + first_token
