@@ -56,6 +56,7 @@ def _tiled(name, function, targets=TARGETS, dtype="bf16", launch="tiles", **flag
 
 
 def _tiled_variants():
+    """A look, the end of rows whose spans are added up, slopes, and slopes at the targets."""
     hopper = ("sm_90", "sm_100")
     options = {"HAS_BIAS": True, "HAS_SOFTCAP": True, "HAS_CLASS_WEIGHT": True, "SMOOTH": True}
     everything, labels = {**options, "BUCKET": True}, {**options, "WITH_CE": True, "HAS_LABELS": True}
@@ -80,9 +81,13 @@ def _tiled_variants():
         for kernel in ("look", "slope"):
             for name, op in (("cross-entropy", "cross_entropy"), ("distillation", "distill")):
                 yield _tiled(f"tiled {name}, {kernel}, float32 {precision}", f"_{op}_{kernel}",
-                             TARGETS if precision == "ieee" else TARGETS[:3], dtype="fp32", PRECISION=precision)
+                             TARGETS if precision == "ieee" else TARGETS[:3], dtype="fp32", PRECISION=precision,
+                             launch="narrow tiles" if op == "distill" else "tiles")
     yield _variant("tiled cross-entropy, targets", "tiled", "_cross_entropy_targets", "targets", K=64, BLOCK_K=64,
                    **everything)
+    once_more = {"LOOK": False, "GRADIENT": False, "CARRY": True, "K": 64, "BLOCK_K": 64}
+    yield _variant("tiled cross-entropy, end of rows", *CE, HAS_SLOPES=True, **once_more, **everything)
+    yield _variant("tiled distillation, end of rows", *SPARSE, HAS_PARTS=True, **once_more, **labels)
     yield _variant("tiled distillation, targets", "tiled", "_distill_targets", "targets", K=64, BLOCK_K=64, **labels)
 
 

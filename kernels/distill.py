@@ -11,6 +11,9 @@ everything else, whose masses are p_tail = 1 - sum(p) and q_tail, the sum of wha
 
 See ``kernels.cross_entropy`` for the passes; a dense teacher's needs two looks, normalisers and terms. Of a forward KL,
 sum(r) = -1 is known before: its terms are looked at together with the gradient, if one call does both.
+
+``kernels.tiled`` makes the same state from a sparse teacher without logits in memory, and wants to know what the slope
+of each row is made of: ``slopes`` on the support, and ``parts``.
 """
 
 from __future__ import annotations
@@ -25,12 +28,12 @@ from .launch import row_launch, unseen
 from .logits import NO_ID, load_logits, raised, store_slope, support_until
 
 BUCKET, RENORMALISE, SUPPORT = (tl.constexpr(tail) for tail in range(3))
-# what the slope of a row is made of
-SHIFT, ON_TAIL, SLOPE, CE_SHIFT, CE_ON_Q, CE_SHARP, CE_EACH, PARTS = (tl.constexpr(i) for i in range(8))
 TAILS = {"bucket": BUCKET, "renormalise": RENORMALISE, "support": SUPPORT}
 # of the state: the student (of a sparse teacher: off the support), cross-entropy, a dense teacher, its terms
 TOP, TOTAL, CE_TOP, CE_TOTAL, LABEL, BELOW, WEIGHT, T_TOP, T_TOTAL, VALUE, OWN, STATE = (
     tl.constexpr(i) for i in range(12))
+# of the parts that a row's slope is made of, beside those on its support
+SHIFT, ON_TAIL, SLOPE, CE_SHIFT, CE_ON_E, CE_SHARP, CE_EACH, PARTS = (tl.constexpr(i) for i in range(8))
 
 
 # -- the cross-entropy that goes with it
@@ -235,7 +238,7 @@ def _sparse_rows(
             tl.store(parts_ptr + SLOPE, slope)
             if WITH_CE:
                 tl.store(parts_ptr + CE_SHIFT, ce_top)
-                tl.store(parts_ptr + CE_ON_Q, row_scale * (on_q / ce_total))
+                tl.store(parts_ptr + CE_ON_E, row_scale * (on_q / ce_total))
                 tl.store(parts_ptr + CE_SHARP, row_scale * sharp)
                 tl.store(parts_ptr + CE_EACH, row_scale * each)
     if GRADIENT:

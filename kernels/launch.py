@@ -53,8 +53,10 @@ class Tiles:
 
     @property
     def narrow(self) -> Tiles:
-        """Of half as many columns, where so much is made of each logit that registers run out."""
-        return dataclasses.replace(self, columns=self.columns // 2)
+        """Of half as many columns, where so much is made of each logit that registers run out; a thread has 16 of them
+        or more."""
+        columns = self.columns // 2
+        return dataclasses.replace(self, columns=columns, warps=min(self.warps, self.rows * columns // 512))
 
 
 # Of 16-bit operands, by chip family: a tile whose float32 sums, and what is made of them, fit the registers.

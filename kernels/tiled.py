@@ -404,7 +404,7 @@ def _label_slope(
     each = tl.load(parts + ds.CE_EACH, mask=there, other=0.0) if SMOOTH else 0.0
     return ds.label_slope(
         c, at, mask, class_weight_ptr, offsets, tl.load(parts + ds.CE_SHIFT, mask=there, other=0.0),
-        tl.load(parts + ds.CE_ON_Q, mask=there, other=0.0), tl.load(parts + ds.CE_SHARP, mask=there, other=0.0), each,
+        tl.load(parts + ds.CE_ON_E, mask=there, other=0.0), tl.load(parts + ds.CE_SHARP, mask=there, other=0.0), each,
         SMOOTH, HAS_CLASS_WEIGHT)
 
 
@@ -586,9 +586,9 @@ def slope_logprob(rows: lp.LogprobRows, head: Head, columns: slice, grad) -> Non
 
 
 def look_distill(rows: ds.DistillRows, head: Head):
-    """As ``look_cross_entropy``: states of spans, and logits of the teacher's ids at its temperature. There is room for
-    ``rows.parts`` and ``rows.slopes``."""
-    head = dataclasses.replace(head, narrow=rows.options["WITH_CE"])
+    """As ``look_cross_entropy``: states of spans, and logits of the teacher's ids at its temperature. If a gradient is
+    to come, there is room for ``rows.parts`` and ``rows.slopes``."""
+    head = _narrow_where_needed(head, rows)
     count, k = rows.ids.shape
     state = unseen(head.spans(), count, ds.STATE.value, maxima=(ds.TOP.value, ds.CE_TOP.value, ds.T_TOP.value),
                    absent=(ds.LABEL.value,), device=head.x.device)
@@ -605,7 +605,7 @@ def look_distill(rows: ds.DistillRows, head: Head):
 
 def slope_distill(rows: ds.DistillRows, head: Head, columns: slice, grad) -> None:
     """dloss/du of these columns into ``grad`` (R, C), once ``rows.parts`` and ``rows.slopes`` are known."""
-    part, (count, k) = dataclasses.replace(head.part(columns), narrow=rows.options["WITH_CE"]), rows.ids.shape
+    part, (count, k) = _narrow_where_needed(head.part(columns), rows), rows.ids.shape
     class_weight = head.x if rows.class_weight is None else rows.class_weight[columns]
     options = _of_distillation(rows)
     labels = head.x if rows.labels is None else rows.labels
@@ -616,6 +616,10 @@ def slope_distill(rows: ds.DistillRows, head: Head, columns: slice, grad) -> Non
         len(part.weight), part.first_id, scale=head.scale, softcap=head.softcap,
         temperature=1 / options.pop("inverse_temperature"), HAS_SOFTCAP=head.softcap > 0, **options, K=k,
         BLOCK_K=triton.next_power_of_2(k), num_warps=1)
+
+
+def _narrow_where_needed(head: Head, rows: ds.DistillRows) -> Head:
+    return dataclasses.replace(head, narrow=rows.options["WITH_CE"] or head.x.dtype.itemsize > 2)
 
 
 def _of_distillation(rows: ds.DistillRows) -> dict:

@@ -27,7 +27,9 @@ class DenseDistillPass : public DistillPass {
     teacher_.allocate(grid);
     teacher_tiles_.allocate(grid);
     value_.allocate(grid);
-    own_.allocate(grid);
+    if (looks_twice()) {
+      own_.allocate(grid);
+    }
   }
 
   void open(const Chunk& chunk) override {

@@ -48,9 +48,9 @@ struct Block {
 // What an op makes of logits: of raw outputs u (rows, panel) of a block, tokens in the lanes.
 //
 // Pass A looks at each block once and may keep what the gradient will be made of; a pass that needs a second look at
-// all of it before its rows are finished says so. Pass B makes the gradient in place of what was kept. If a chunk holds
-// some of the columns only, nothing is kept, and every later pass begins with the products again. Blocks of a tile
-// are one thread's, those of different tiles run side by side.
+// all of it before its rows are finished says so. Pass B makes the gradient in place of what was kept. Where only some of
+// the columns are kept, every later pass begins with the products of the others again. Blocks of a tile are one thread's,
+// those of different tiles run side by side.
 class RowPass {
  public:
   virtual ~RowPass() = default;
@@ -66,8 +66,8 @@ class RowPass {
   virtual int64_t scratch() const { return 0; }
   virtual void open_tile(int64_t tile, char* scratch) {}
 
-  // u has room for an even number of rows. `kept`: null if nothing is; where values are kept, u is there. `again`: the
-  // statistics are there already, of a block whose products are taken a second time.
+  // u has room for an even number of rows. `kept`: null if nothing is; of a pass that keeps values, u itself. `again`:
+  // the statistics are there already, of a block whose products are taken a second time.
   virtual void look(const Block& block, float* u, void* kept, bool again, char* scratch) = 0;
   virtual void normalise() {}  // all blocks have been looked at
   virtual bool looks_twice() const { return false; }

@@ -73,11 +73,12 @@ inline const float* floats(const at::Tensor& x) {
   return x.defined() ? x.const_data_ptr<float>() : nullptr;
 }
 
-// One thread's way to the rows of a tensor.
+// One thread's way to the rows of a tensor; it asks for none from `end` on.
 class RowReader {
  public:
-  explicit RowReader(const at::Tensor& x, float cap_slope = 0)
-      : x_(x), cap_slope_(cap_slope), direct_(x.stride(1) == 1 || x.size(1) == 1) {}
+  explicit RowReader(const at::Tensor& x, float cap_slope = 0) : RowReader(x, cap_slope, x.size(0)) {}
+  RowReader(const at::Tensor& x, float cap_slope, int64_t end)
+      : x_(x), cap_slope_(cap_slope), end_(end), direct_(x.stride(1) == 1 || x.size(1) == 1) {}
 
   RowView operator()(int64_t i) {
     const int64_t row_bytes = x_.size(1) * x_.element_size();
@@ -88,10 +89,10 @@ class RowReader {
     if (i < first_ || i >= first_ + count_) {
       const int64_t most = std::max<int64_t>(1, kHeldBytes / row_bytes);
       if (!held_.defined()) {
-        held_ = at::empty({most, x_.size(1)}, x_.options());
+        held_ = at::empty({std::min(most, end_ - i), x_.size(1)}, x_.options());
       }
       first_ = i;
-      count_ = std::min(most, x_.size(0) - i);
+      count_ = std::min(most, end_ - i);
       held_.narrow(0, 0, count_).copy_(x_.narrow(0, i, count_));
     }
     return view(static_cast<const char*>(held_.const_data_ptr()) + (i - first_) * row_bytes);
@@ -102,6 +103,7 @@ class RowReader {
 
   const at::Tensor& x_;
   float cap_slope_;
+  int64_t end_;
   bool direct_;
   at::Tensor held_;  // rows first_ to first_ + count_
   int64_t first_ = 0, count_ = 0;

@@ -21,7 +21,7 @@ namespace ssd_core::cpu {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr double kSlack = 1e-12;   // of top_p, as in the definition
+constexpr double kSlack = 1e-12;  // of top_p, as in the definition
 
 const SampleKernels& active_sample_kernels() {
   switch (active_isa()) {
@@ -124,7 +124,7 @@ class RowSampler {
         factor_(std::min(1 / options.temperature, 1e300)),
         block_max_((options.vocab + kSampleBlock - 1) / kSampleBlock) {}
 
-  // How many tokens its support has, 0 if the row has no distribution. ids and probs: (support_limit,), filled that far.
+  // How many tokens its support has, 0 if the row has no distribution. ids, probs: (support_limit,), filled that far.
   int64_t draw(const float* logits, uint64_t seed, uint64_t position, Draw& draw, int32_t* ids, float* probs) {
     logits_ = logits;
     sums_ = kernels_.sums(logits, options_.vocab, options_.temperature > 0 ? slope_ : 1.0f, block_max_.data());
@@ -417,7 +417,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   std::vector<int64_t> counts(rows);
   at::parallel_for(0, rows, std::max<int64_t>(1, kGrain / vocab), [&](int64_t begin, int64_t end) {
     RowSampler sampler(kernels, options);
-    RowReader read(logits);
+    RowReader read(logits, 0, end);
     std::vector<float> wide(dtype == at::kFloat ? 0 : vocab);
     for (int64_t i = begin; i < end; ++i) {
       const void* row = read(i).data;

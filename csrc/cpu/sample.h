@@ -9,8 +9,8 @@
 namespace ssd_core::cpu {
 
 // One draw per row: (token (B,) int64; logprob, sampling_logprob, kept_mass, entropy (B,) float32; support ids (B, K)
-// int32 and probs (B, K) float32, 0 beyond a row's support, K the largest one). What is drawn, and what is recorded, is defined in
-// ssd_core/reference/sample.py. Throws std::invalid_argument, a ValueError, for a row without a distribution.
+// int32 and probs (B, K) float32, 0 beyond a row's support, K the largest one). What is drawn, and what is recorded, is
+// defined in ssd_core/reference/sample.py. Throws std::invalid_argument, a ValueError, for a row without a distribution.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> sample(
     const at::Tensor& logits,     // (B, V) float32, bfloat16 or float16
     const at::Tensor& seeds,      // (B,) int64

@@ -12,8 +12,8 @@ constexpr int kMassBins = 1024;
 // Of a row z (V,), x = slope * (z - max).
 struct SampleSums {
   float max;        // -inf or finite; +inf as it is; a NaN is passed over and shows in the sums
-  double sum;       // sum_j exp(z_j - max)
-  double spread;    // sum_j exp(z_j - max) (max - z_j)
+  double sum;       // sum_j exp(z_j - max), to 2e-35 for each j
+  double spread;    // sum_j exp(z_j - max) (max - z_j), likewise
   double tempered;  // sum_j exp(x_j)
 };
 

@@ -126,10 +126,10 @@ SampleSums sums_of(const float* z, int64_t count, float slope, float* block_max)
         tempered += exp_nonpositive(d, slope);
       }
     });
-    const double count = some ? 1 : 0;  // a NaN among -inf shows even so
-    row.sum += count * lanes_sum(sum);
-    row.spread += count * lanes_sum(spread);
-    row.tempered += kTempered ? count * lanes_sum(tempered) : 0;
+    const double taken = some ? 1 : 0;  // a NaN among -inf shows even so
+    row.sum += taken * lanes_sum(sum);
+    row.spread += taken * lanes_sum(spread);
+    row.tempered += kTempered ? taken * lanes_sum(tempered) : 0;
   }
   if constexpr (!kTempered) {
     row.tempered = row.sum;

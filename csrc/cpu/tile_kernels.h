@@ -41,7 +41,7 @@ struct TileGradient {
 };
 
 // A student's and a teacher's v, and which divergence. Of each lane: what exponents are relative to, log p =
-// slope * (v - max) - log_sum. The sums of a KL, whose terms are linear in masses, are of such without log_sum.
+// slope * (v - max) - log_sum. For the sums of a KL, whose terms are linear in masses, log sums are null: 0.
 struct TilePair {
   Divergence kind;
   float beta;
