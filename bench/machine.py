@@ -30,6 +30,12 @@ def describe() -> dict:
     }
 
 
+def placed(file: dict) -> list[dict]:
+    """A file's results, each with the machine and the commit that it is of: what was there when it was resumed may have
+    another."""
+    return [{"machine": file["machine"], **one} for one in file["results"]]
+
+
 def line(machine: dict, device: str) -> str:
     """In a few words, for a table."""
     what = f"{machine['cpu']}, {machine['threads']} threads"

@@ -27,7 +27,9 @@ tr.absent td { color: #8a939d; font-weight: 400; }
 </head>
 <body>
 <h1>ssd-core bench</h1>
-<p>{{ where }}. Load average {{ load }}. {{ versions }}.</p>
+{% for where in places %}
+<p>{{ where }}.</p>
+{% endfor %}
 <p>Calls of all variants are interleaved; a variant whose error is above its bound gets no time. Extra memory is the
 peak beyond inputs and what is returned. Errors are relative to float64.</p>
 {% for name, png in images.items() %}
@@ -54,18 +56,21 @@ def write_page(result: dict, folder: Path) -> list[Path]:
 
     paths = plots.write(result, folder)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    where = result["machine"]
-    results = [{**one, "caption": table.caption(one), "header": table.header([one]), "lines": _lines(one)}
-               for one in result["results"]]
-    devices = dict.fromkeys(one["device"] for one in result["results"])
+    placed = machine.placed(result)
+    results = [{**one, "caption": f"{table.caption(one)} {table.place(one)}.", "header": table.header([one]),
+                "lines": _lines(one)} for one in placed]
     page = environment.from_string(TEMPLATE).render(
-        where="; ".join(machine.line(where, device) for device in devices),
-        load=", ".join(map(str, where["load_average"])),
-        versions=", ".join(f"{name} {version}" for name, version in where["versions"].items()),
+        places=dict.fromkeys(map(_place, placed)),
         images={path.name: base64.b64encode(path.read_bytes()).decode() for path in paths}, results=results)
     index = folder / "index.html"
     index.write_text(page, encoding="utf-8")
     return [*paths, index]
+
+
+def _place(one: dict) -> str:
+    where = one["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
+    return f"{table.place(one)}. Load average {', '.join(map(str, where['load_average']))}. {versions}"
 
 
 def _lines(one: dict):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
+from ssd_core.bench import machine
 from ssd_core.bench.cases import HEADS
 from ssd_core.bench.runs import runs
 from ssd_core.bench.table import BEGIN, END, table
@@ -211,12 +212,14 @@ def _job(op, case, tokens, dtype, device, workspaces, most_flops, most_logits, c
 
 def _run(jobs, peers, samples, budget, memory, out, resume) -> dict:
     """The results of all jobs; the file is written after each, so that an interrupted run can be resumed."""
-    from ssd_core.bench import machine
     from ssd_core.bench.jobs import run as run_job
 
     result = {"machine": machine.describe(), "results": []}
     if resume and out and out.exists():
         result["results"] = _read([out])["results"]
+        for one in result["results"]:
+            if machine.line(one["machine"], one["device"]) == machine.line(result["machine"], one["device"]):
+                del one["machine"]      # that of the file
     done = [{**one, "tokens": one["asked_tokens"]} for one in result["results"]]
     for number, job in enumerate(jobs, 1):
         if any(job.key.items() <= one.items() for one in done):
@@ -233,7 +236,7 @@ def _run(jobs, peers, samples, budget, memory, out, resume) -> dict:
 
 
 def _read(files: list[Path]) -> dict:
-    """Result files as one, under the first one's machine."""
+    """Result files as one, of which each result has the machine of its own."""
     found = []
     for path in files:
         try:
@@ -242,7 +245,7 @@ def _read(files: list[Path]) -> dict:
             raise UsageError(f"{path}: expected a result file of `bench run`: {error}") from None
         if not {"machine", "results"} <= found[-1].keys():
             raise UsageError(f"{path}: expected a result file of `bench run`, got keys {sorted(found[-1])}")
-    return {"machine": found[0]["machine"], "results": [one for file in found for one in file["results"]]}
+    return {"machine": found[0]["machine"], "results": [one for file in found for one in machine.placed(file)]}
 
 
 def _replace(readme: Path, result: dict) -> None:

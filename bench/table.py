@@ -11,12 +11,12 @@ SHARED = ("op", "case", "tokens", "device", "frozen")
 
 
 def table(result: dict) -> str:
-    """A table for each op on each case, its dtypes together."""
+    """A table for each op on each case, its dtypes together if they are of one machine and commit."""
     sections: dict[tuple, list[dict]] = {}
-    for one in result["results"]:
+    for one in machine.placed(result):
         if not one["axis"]:
-            sections.setdefault(tuple(one[name] for name in SHARED), []).append(one)
-    return "\n\n".join(_section(result["machine"], some) for some in sections.values())
+            sections.setdefault((*(one[name] for name in SHARED), place(one)), []).append(one)
+    return "\n\n".join(map(_section, sections.values()))
 
 
 def replace_in(readme: Path, result: dict) -> None:
@@ -39,12 +39,17 @@ def caption(one: dict) -> str:
     return "; ".join(parts) + "."
 
 
-def _section(where: dict, some: list[dict]) -> str:
+def place(one: dict) -> str:
+    """Where, and what of."""
+    return machine.line(one["machine"], one["device"])
+
+
+def _section(some: list[dict]) -> str:
     first = some[0]
     counts = sorted({one["floor"]["time"]["samples"] for one in some if "time" in one["floor"]} or {0})
     samples = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} - {counts[-1]}"
     names = error_names(some)
-    lines = [f"{caption(first)} {machine.line(where, first['device'])}, {samples} samples.", "",
+    lines = [f"{caption(first)} {place(first)}, {samples} samples.", "",
              _line(header(some)), "|" + "---|" * len(header(some))]
     lines += [_line(cells) for one in some for cells in rows(one, names)]
     return "\n".join(lines)

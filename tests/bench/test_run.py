@@ -5,7 +5,7 @@ import json
 import re
 
 import pytest
-from ssd_core.bench import compare, table
+from ssd_core.bench import compare, machine, table
 from ssd_core.bench import run as command
 from typer.testing import CliRunner
 
@@ -66,6 +66,21 @@ def test_a_wrong_variant_shows_its_error_in_place_of_its_time(result):
     row |= {"status": "wrong", "reason": "its error is above the bound", "errors": {"d_input": 0.5, "d_weight": 0.25}}
     (line,) = (line for line in table.table(result).splitlines() if "its error is above the bound" in line)
     assert line == ("| PyTorch eager | float32 | (wrong: its error is above the bound) |  |  | 5.0e-01 | 2.5e-01 |")
+
+
+def test_each_result_has_the_commit_of_its_own_run(file, result, tmp_path):
+    """Of several files, and of one that was resumed with another commit."""
+    now = result["machine"]["commit"]
+    result["machine"] |= {"commit": "0ldc0de"}
+    (tmp_path / "old.json").write_text(json.dumps({**result, "results": result["results"][2:4]}))
+    text = invoke("table", file, tmp_path / "old.json")
+    assert [f"commit {commit}" in section for commit in (now, "0ldc0de") for section in text.split("\n\n`")] == [
+        True, True, False, False, False, True]
+    invoke("run", "--ops", "sample", "--cases", "97x16", "--batch", "8", "--dtypes", "float32,bfloat16,float16",
+           "--peers", "eager,top k", "--samples", "2", "--no-memory", "--out", tmp_path / "old.json", "--resume")
+    resumed = json.loads((tmp_path / "old.json").read_text())
+    assert [machine.placed(resumed)[k]["machine"]["commit"] for k in range(3)] == ["0ldc0de", "0ldc0de", now]
+    assert len(table.table(resumed).split("\n\n`")) == 2
 
 
 def test_readme_gets_the_table_and_keeps_the_rest(file, result, tmp_path):
