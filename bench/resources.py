@@ -39,7 +39,8 @@ class Variant:
     name: str
     module: str
     function: str
-    launch: str                                 # of kernels.launch.ROWS or FILTER, or "[narrow ]tiles" of its TILES
+    launch: str                                 # of kernels.launch.ROWS or FILTER, or "[narrow ]tiles" of its TILES;
+                                                # " held N": of a whole row, of which N numbers a column are kept
     types: tuple[tuple[str, str], ...] = ()
     flags: tuple[tuple[str, object], ...] = ()
     targets: tuple[str, ...] = TARGETS
@@ -98,6 +99,32 @@ HALF = {"x_ptr": "*fp32", "grad_ptr": "*fp16"}
 SOME = {"BY_TOKEN": True, "HAS_TOKENS": True, "HAS_BIAS": True, "HAS_CLASS_WEIGHT": True, "HAS_LABEL_WEIGHT": True}
 CE = ("cross_entropy", "_rows", "cross_entropy")
 SPARSE, DENSE = ("distill", "_sparse_rows", "distill"), ("distill", "_dense_rows", "distill_dense")
+
+
+def _held_variants():
+    """Rows that are read once."""
+    head, labels = {"NARROWED": True}, {"WITH_CE": True, "HAS_LABELS": True, "HAS_SOFTCAP": True}
+    few, dense = {"K": 20, "BLOCK_K": 32}, {**WIDE, "t_ptr": "*fp32"}
+    for name, (module, function, launch), types, held, flags in (
+            ("cross-entropy, head", CE, WIDE, 1, {**head, "HARD": True}),
+            ("cross-entropy, some of the logits, weights", CE, {}, 1, {"HARD": True, **SOME}),
+            ("cross-entropy, all options", CE, WIDE, 4, {
+                **head, **SOME, "K": 64, "BLOCK_K": 64, "HAS_SOFTCAP": True, "SMOOTH": True, "BUCKET": True}),
+            ("class probabilities", (*CE[:2], "class_probabilities"), {}, 4, {"DENSE": True, "SMOOTH": True}),
+            ("log-probability, head", ("logprob", "_rows", "logprob"), WIDE, 2, head),
+            ("softmax", ("softmax", "_rows", "softmax"), {}, 1, {"LOG": False}),
+            ("softmax, backward", ("softmax", "_rows_backward", "softmax"), {}, 2, {"LOG": False}),
+            ("log-probability, softcap", ("logprob", "_rows", "logprob"), WIDE, 4, {**head, "HAS_SOFTCAP": True}),
+            ("JSD, 20 ids", SPARSE, WIDE, 2, {**head, **few, "KIND": 2}),
+            ("JSD, dense", DENSE, dense, 2, {**head, "KIND": 2}),
+            ("forward KL, 20 ids", SPARSE, WIDE, 2, {**head, **few}),
+            ("JSD, 20 ids, with cross-entropy", SPARSE, WIDE, 4, {**head, **few, **labels, "KIND": 2}),
+            ("forward KL, dense", DENSE, dense, 2, head),
+            ("JSD, dense, with cross-entropy", (*DENSE[:2], "distill_dense_labels"), dense, 4, {
+                **head, **labels, "T_HAS_SOFTCAP": True, "KIND": 2})):
+        yield _variant(f"{name}, held", module, function, f"{launch} held {held}", types, HELD=True, **flags)
+
+
 LOOK, THRESHOLD, SCORE, DRAW = (("sample", f"_{name}", launch) for name, launch in (
     ("look", "sample_look"), ("threshold", "sample_threshold"), ("score", "sample_score"), ("draw", "sample")))
 PLACES = {"order_ptr": "*i32"}
@@ -128,6 +155,7 @@ VARIANTS = (
       for number, kind in enumerate(("forward KL", "reverse KL", "JSD"))),
     _variant("forward KL, dense, with cross-entropy", *DENSE[:2], "distill_dense_labels", {**WIDE, "t_ptr": "*fp32"},
              WITH_CE=True, HAS_LABELS=True, HAS_SOFTCAP=True, T_HAS_SOFTCAP=True, NARROWED=True),
+    *_held_variants(),
     _variant("filter, selection", "grad_filter", "_select", "select", TILE=256),
     _variant("filter, moments", "grad_filter", "_moments", "moments", TILE=256),
     *(_variant(f"filter, d_{operand}{name}", "grad_filter", f"_{operand}_product", f"{operand}{bits}", types, TILE=256)
@@ -227,7 +255,7 @@ def compiled(variant: Variant, target: str) -> Resources:
 
 def _launch(variant: Variant, target: str):
     """What a block is, or where it is said; sizes; and options of the compiler."""
-    from ssd_core.kernels.launch import Rows, configured, tiles_of
+    from ssd_core.kernels.launch import HELD, Rows, configured, held_rows, tiles_of
 
     if variant.launch == "targets":
         return "ids of a row", {}, {"num_warps": 1}
@@ -238,7 +266,11 @@ def _launch(variant: Variant, target: str):
         sizes = {"BLOCK_N": found.rows, "BLOCK_V": found.columns, "BLOCK_D": found.terms, "GROUP": found.group}
         name = "launch.TILES" + ".narrow" * variant.launch.startswith("narrow")
         return name, sizes, {"num_warps": found.warps, "num_stages": found.stages}
-    found = configured(variant.launch, target.startswith("gfx"))
+    name, _, held = variant.launch.partition(" held ")
+    hip = target.startswith("gfx")
+    found = configured(name, hip)
+    if held:
+        found = held_rows(found, HELD // int(held), int(held), hip)
     sizes = ({"BLOCK_V": found.block} if isinstance(found, Rows)
              else {"BLOCK_R": found.rows, "BLOCK_C": found.columns, "BLOCK_D": found.hidden})
     return " x ".join(str(size) for size in sizes.values() if size) or "a row", sizes, {"num_warps": found.warps}

@@ -11,9 +11,9 @@ A bucket adds p_tail = 1 - S on all other ids together: p_tail (lse - lse_off) t
 the support. Class probabilities d take the place of w: c_j ((1 - eps) d_j + eps / V), not c_y w_j and eps / V c_j.
 
 One program has one row, in blocks of columns: it looks at all of them, and once more for the gradient, and for the
-softmax mass of each tile if that is filtered. If the columns come in tiles, or from several ranks, what was seen so far
-waits in ``state``. ``kernels.tiled`` makes the same state without logits in memory, and wants to know of each row what
-its slope is made of: ``slopes``.
+softmax mass of each tile if that is filtered. Of a row that is one block it keeps the logits (``HELD``). If the columns
+come in tiles, or from several ranks, what was seen so far waits in ``state``. ``kernels.tiled`` makes the same state
+without logits in memory, and wants to know of each row what its slope is made of: ``slopes``.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def _rows(
     BY_TOKEN: tl.constexpr, HAS_TOKENS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     HAS_CLASS_WEIGHT: tl.constexpr, HAS_LABEL_WEIGHT: tl.constexpr, DENSE: tl.constexpr, HARD: tl.constexpr,
     BUCKET: tl.constexpr, SMOOTH: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    NARROWED: tl.constexpr, TILE: tl.constexpr,
+    NARROWED: tl.constexpr, TILE: tl.constexpr, HELD: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     token = tl.load(tokens_ptr + row) if HAS_TOKENS else row + first_token
@@ -152,11 +152,14 @@ def _rows(
         top_before, peak_before = top, peak
         sums = tl.zeros([BLOCK_V], tl.float32)
         below_sums, weights, plain_sums, plain_weights = sums, sums, sums, sums
+        if HELD:
+            c = sums
         next_k, next_id = 0, tl.load(ids_ptr)
         for start in range(0, columns, BLOCK_V):
             offsets = start + lanes
             mask = offsets < columns
-            z = load_logits(x_ptr, bias_ptr, offsets, mask, scale, softcap, HAS_BIAS, HAS_SOFTCAP) * inverse_temperature
+            c = load_logits(x_ptr, bias_ptr, offsets, mask, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
+            z = c * inverse_temperature
             if SMOOTH:
                 before = peak
                 peak, shift = raised(peak, z)
@@ -250,7 +253,8 @@ def _rows(
         for start in range(0, columns, BLOCK_V):
             offsets = start + lanes
             mask = offsets < columns
-            c = load_logits(x_ptr, bias_ptr, offsets, mask, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
+            if not (HELD and LOOK):
+                c = load_logits(x_ptr, bias_ptr, offsets, mask, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
             z = c * inverse_temperature
             if TILE > 0:
                 _store_masses(masses_ptr, start, columns, tl.exp(z - shift) / total, TILE, BLOCK_V)
@@ -311,6 +315,7 @@ class CrossEntropyRows:
         class_weight = x if self.class_weight is None else self.class_weight[column:]
         dense = x if self.dense is None else self.dense[:, column:]
         place = x if grad is None else grad
+        plain = self.weights is None and not self.smooth and softcap == 0 and width == 0
         row_launch(
             _rows, "cross_entropy" if self.dense is None else "class_probabilities", count, x,
             x, x.stride(0), place, place.stride(0), self.tokens if has_tokens else x, 0 if has_tokens else self.tokens,
@@ -325,7 +330,7 @@ class CrossEntropyRows:
             HAS_CLASS_WEIGHT=self.class_weight is not None, HAS_LABEL_WEIGHT=self.label_weight is not None,
             DENSE=self.dense is not None, HARD=self.weights is None and self.dense is None, SMOOTH=self.smooth, K=k,
             BLOCK_K=triton.next_power_of_2(k), NARROWED=grad is not None and grad.dtype.itemsize < x.dtype.itemsize,
-            TILE=width)
+            TILE=width, held=1 if plain else 4)
 
     def softmax_weight(self):
         """(R,) what the softmax enters the gradient with: on_q times row_scale."""

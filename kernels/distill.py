@@ -106,7 +106,7 @@ def _sparse_rows(
     HAS_PARTS: tl.constexpr, CARRY: tl.constexpr, BY_TOKEN: tl.constexpr, HAS_TOKENS: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, WITH_CE: tl.constexpr, HAS_LABELS: tl.constexpr,
     HAS_CLASS_WEIGHT: tl.constexpr, HAS_LABEL_WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, K: tl.constexpr,
-    BLOCK_K: tl.constexpr, NARROWED: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_K: tl.constexpr, NARROWED: tl.constexpr, HELD: tl.constexpr, BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     token = tl.load(tokens_ptr + row) if HAS_TOKENS else row + first_token
@@ -151,6 +151,8 @@ def _sparse_rows(
         belows = tl.where(lanes == 0, below, 0.0)
         weights = tl.where(lanes == 0, weight, 0.0)
         next_k, next_id = 0, tl.load(ids_ptr)
+        if HELD:
+            c = sums
         for start in range(0, columns, BLOCK_V):
             offsets = start + lanes
             mask = offsets < columns
@@ -246,7 +248,8 @@ def _sparse_rows(
         for start in range(0, columns, BLOCK_V):
             offsets = start + lanes
             mask = offsets < columns
-            c = load_logits(x_ptr, bias_ptr, offsets, mask, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
+            if not (HELD and LOOK):
+                c = load_logits(x_ptr, bias_ptr, offsets, mask, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
             last = first_id + start + BLOCK_V
             before_k, before_id = next_k, next_id
             on, _k, _id = support_until(ids_ptr, weights_ptr, before_k, before_id, last, first_id + offsets, K)
@@ -280,7 +283,7 @@ def _dense_rows(
     CARRY: tl.constexpr, BY_TOKEN: tl.constexpr, T_BY_TOKEN: tl.constexpr, HAS_TOKENS: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, T_HAS_BIAS: tl.constexpr, T_HAS_SOFTCAP: tl.constexpr,
     WITH_CE: tl.constexpr, HAS_LABELS: tl.constexpr, HAS_CLASS_WEIGHT: tl.constexpr, HAS_LABEL_WEIGHT: tl.constexpr,
-    SMOOTH: tl.constexpr, NARROWED: tl.constexpr, BLOCK_V: tl.constexpr,
+    SMOOTH: tl.constexpr, NARROWED: tl.constexpr, HELD: tl.constexpr, BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     token = tl.load(tokens_ptr + row) if HAS_TOKENS else row + first_token
@@ -319,6 +322,8 @@ def _dense_rows(
         ce_sums = tl.where(lanes == 0, ce_total, 0.0)
         belows = tl.where(lanes == 0, below, 0.0)
         weights = tl.where(lanes == 0, weight, 0.0)
+        if HELD:
+            c, t = sums, sums
         for start in range(0, extent, BLOCK_V):
             offsets = start + lanes
             mask = offsets < columns
@@ -333,10 +338,10 @@ def _dense_rows(
             sums = sums * tl.exp(before - shift) + tl.exp(z - shift)
             t_mask = offsets < t_columns
             t = load_logits(t_ptr, t_bias_ptr, offsets, t_mask, t_scale, t_softcap, T_HAS_BIAS, T_HAS_SOFTCAP)
-            t *= inverse_temperature
+            t_z = t * inverse_temperature
             before = t_top
-            t_top, shift = raised(t_top, t)
-            t_sums = t_sums * tl.exp(before - shift) + tl.exp(t - shift)
+            t_top, shift = raised(t_top, t_z)
+            t_sums = t_sums * tl.exp(before - shift) + tl.exp(t_z - shift)
         total = tl.sum(sums, 0)
         t_total = tl.sum(t_sums, 0)
         if WITH_CE:
@@ -362,10 +367,11 @@ def _dense_rows(
         for start in range(0, extent, BLOCK_V):
             offsets = start + lanes
             mask, t_mask = offsets < columns, offsets < t_columns
-            z = load_logits(x_ptr, bias_ptr, offsets, mask, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
-            t = load_logits(t_ptr, t_bias_ptr, offsets, t_mask, t_scale, t_softcap, T_HAS_BIAS, T_HAS_SOFTCAP)
+            if not (HELD and LOOK):
+                c = load_logits(x_ptr, bias_ptr, offsets, mask, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
+                t = load_logits(t_ptr, t_bias_ptr, offsets, t_mask, t_scale, t_softcap, T_HAS_BIAS, T_HAS_SOFTCAP)
             found, pulls = divergence_terms(
-                t * inverse_temperature - t_top - t_log_total, z * inverse_temperature - top - log_total, beta, KIND)
+                t * inverse_temperature - t_top - t_log_total, c * inverse_temperature - top - log_total, beta, KIND)
             values += tl.where(offsets < extent, found, 0.0)
             owns += tl.where(offsets < extent, pulls, 0.0)
         value = tl.sum(values, 0)
@@ -391,8 +397,9 @@ def _dense_rows(
         for start in range(0, extent if TOGETHER else columns, BLOCK_V):
             offsets = start + lanes
             mask, t_mask = offsets < columns, offsets < t_columns
-            c = load_logits(x_ptr, bias_ptr, offsets, mask, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
-            t = load_logits(t_ptr, t_bias_ptr, offsets, t_mask, t_scale, t_softcap, T_HAS_BIAS, T_HAS_SOFTCAP)
+            if not (HELD and LOOK):
+                c = load_logits(x_ptr, bias_ptr, offsets, mask, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
+                t = load_logits(t_ptr, t_bias_ptr, offsets, t_mask, t_scale, t_softcap, T_HAS_BIAS, T_HAS_SOFTCAP)
             log_q = c * inverse_temperature - top - log_total
             found, pulls = divergence_terms(t * inverse_temperature - t_top - t_log_total, log_q, beta, KIND)
             if TOGETHER:
@@ -462,19 +469,20 @@ class DistillRows:
             **self.options, "scale": scale, "softcap": softcap, "FINISH": finish, "GRADIENT": grad is not None,
             "CARRY": carry, "BY_TOKEN": by_token, "HAS_TOKENS": has_tokens, "HAS_BIAS": bias is not None,
             "HAS_SOFTCAP": softcap > 0, "NARROWED": grad is not None and grad.dtype.itemsize < x.dtype.itemsize}
+        held = 4 if softcap > 0 or self.options["WITH_CE"] else 2
         if teacher is None:
             slopes = torch.empty_like(self.weights) if grad is not None else given(self.slopes)
             row_launch(
                 _sparse_rows, "distill", self.count, x, *outputs, *tokens, given(bias), class_weight, self.ids,
                 self.weights, slopes, given(self.parts), *rows, x.shape[1], first_id, **common, TAIL=self.tail,
-                LOOK=look, HAS_PARTS=self.parts is not None, K=k, BLOCK_K=triton.next_power_of_2(k))
+                LOOK=look, HAS_PARTS=self.parts is not None, K=k, BLOCK_K=triton.next_power_of_2(k), held=held)
         else:
-            self._dense(outputs, tokens, given(bias), class_weight, rows, x, first_id, look, finish, step, common,
+            self._dense(outputs, tokens, given(bias), class_weight, rows, x, first_id, look, finish, step, common, held,
                         **teacher)
 
     def _dense(
-        self, outputs, tokens, bias, class_weight, rows, x, first_id, look, finish, step, common, *, t, t_bias, t_scale,
-        t_softcap, t_by_token,
+        self, outputs, tokens, bias, class_weight, rows, x, first_id, look, finish, step, common, held, *, t, t_bias,
+        t_scale, t_softcap, t_by_token,
     ):
         """Of the teacher's raw outputs ``t``: (R, C') of the same columns, or by token (N, C')."""
         row_launch(
@@ -484,4 +492,4 @@ class DistillRows:
             **common,
             t_scale=t_scale, t_softcap=t_softcap, LOOK=look and (finish or step == 0),
             TERMS=look and (finish or step == 1), T_BY_TOKEN=t_by_token, T_HAS_BIAS=t_bias is not None,
-            T_HAS_SOFTCAP=t_softcap > 0)
+            T_HAS_SOFTCAP=t_softcap > 0, held=4 if t_softcap > 0 else held)

@@ -78,6 +78,7 @@ FILTER = {      # products by the bits of a number
     "select": Products(4), "moments": Products(8, rows=32),
     "input16": Products(8, rows=32, hidden=64), "weight16": Products(8, rows=32, columns=128, hidden=128),
     "input32": Products(8, rows=32, hidden=32), "weight32": Products(8, rows=32, columns=64, hidden=64)}
+HELD = 16384            # numbers that a program can keep, 32 a thread, of a row that it then reads once
 PROGRAMS = 256          # that fill a device, if each has a part of d_input's sum
 OF_A_MULTIPROCESSOR = 4     # programs, where rows are in parts
 # the interpreter: small blocks, so that small vocabularies cross their edges; large ones where time counts
@@ -134,11 +135,26 @@ def products(op: str) -> Products:
     return with_tuned(configured(op, HIP), op)
 
 
-def rows(op: str, columns: int) -> Rows:
+def rows(op: str, columns: int, held: int = 0) -> Rows:
+    """``held``: numbers of each column that there are at a time, if the row is kept."""
     if INTERPRETED:
         return with_tuned(SMALL if columns <= 4 * SMALL.block else LARGE, op)
     found = with_tuned(configured(op, HIP), op)
-    return dataclasses.replace(found, block=min(found.block, max(128, triton.next_power_of_2(max(1, columns)))))
+    if fits(columns, held):
+        return held_rows(found, whole(columns), held, HIP)
+    return dataclasses.replace(found, block=min(found.block, whole(columns)))
+
+
+def whole(columns: int) -> int:
+    return max(128, triton.next_power_of_2(max(1, columns)))
+
+
+def fits(columns: int, held: int) -> bool:
+    return held > 0 and held * whole(columns) <= HELD
+
+
+def held_rows(found: Rows, block: int, held: int, hip: bool) -> Rows:
+    return Rows(block, max(found.warps, held * block // (32 * (64 if hip else 32))))
 
 
 def tiles_of(family: str, dtype: torch.dtype, by_descriptor: bool) -> Tiles:
@@ -194,9 +210,16 @@ def unseen(*shape: int, maxima, absent, device) -> torch.Tensor:
     return state
 
 
-def row_launch(kernel, op: str, count: int, like: torch.Tensor, *arguments, parts: int = 1, **options) -> None:
-    """One program for each of ``count`` rows of as many columns as ``like`` (N, C), or for each of their parts."""
+def row_launch(
+    kernel, op: str, count: int, like: torch.Tensor, *arguments, parts: int = 1, held: int = 0, **options,
+) -> None:
+    """One program for each of ``count`` rows of as many columns as ``like`` (N, C), or for each of their parts. A
+    kernel that can keep a row, and then has ``held`` numbers of each column at a time, is told if it does: ``HELD``.
+    """
     if count == 0:
         return
-    found = rows(op, like.shape[1])
+    columns = like.shape[1]
+    found = rows(op, columns, held)
+    if held:
+        options["HELD"] = fits(columns, held) and columns <= found.block
     kernel[(count, parts)](*arguments, **options, BLOCK_V=found.block, num_warps=found.warps)

@@ -38,7 +38,7 @@ def _rows(
     columns, first_id, scale, softcap, inverse_temperature,
     LOOK: tl.constexpr, FINISH: tl.constexpr, GRADIENT: tl.constexpr, CARRY: tl.constexpr, BY_TOKEN: tl.constexpr,
     HAS_TOKENS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, NARROWED: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    HELD: tl.constexpr, BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     token = tl.load(tokens_ptr + row) if HAS_TOKENS else row + first_token
@@ -64,10 +64,13 @@ def _rows(
     if LOOK:
         sums = tl.where(lanes == 0, total, 0.0)
         belows = tl.where(lanes == 0, below, 0.0)           # sum_j exp(z_j - max) (z_j - max)
+        if HELD:
+            c = sums
         for start in range(0, columns, BLOCK_V):
             offsets = start + lanes
             mask = offsets < columns
-            z = load_logits(x_ptr, bias_ptr, offsets, mask, scale, softcap, HAS_BIAS, HAS_SOFTCAP) * inverse_temperature
+            c = load_logits(x_ptr, bias_ptr, offsets, mask, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
+            z = c * inverse_temperature
             found, where = first_largest(z, lanes)
             argmax = tl.where(found > top, (first_id + start + where).to(tl.float32), argmax)
             at = (first_id + offsets == y) & mask               # behind the last column is another rank's
@@ -103,7 +106,8 @@ def _rows(
         for start in range(0, columns, BLOCK_V):
             offsets = start + lanes
             mask = offsets < columns
-            c = load_logits(x_ptr, bias_ptr, offsets, mask, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
+            if not (HELD and LOOK):
+                c = load_logits(x_ptr, bias_ptr, offsets, mask, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
             log_q = c * inverse_temperature - top - log_total
             g = slope_of(log_q, first_id + offsets == y, entropy, on_logprob, on_entropy)
             store_slope(grad_ptr, offsets, g, c, softcap, mask, HAS_SOFTCAP, NARROWED)
@@ -136,4 +140,5 @@ class LogprobRows:
             x if self.state is None else self.state, self.results, self.results.stride(0), x.shape[1], first_id,
             scale=scale, softcap=softcap, inverse_temperature=1 / self.temperature, LOOK=look, FINISH=finish,
             GRADIENT=grad is not None, CARRY=carry, BY_TOKEN=by_token, HAS_TOKENS=has_tokens, HAS_BIAS=bias is not None,
-            HAS_SOFTCAP=softcap > 0, NARROWED=grad is not None and grad.dtype.itemsize < x.dtype.itemsize)
+            HAS_SOFTCAP=softcap > 0, NARROWED=grad is not None and grad.dtype.itemsize < x.dtype.itemsize,
+            held=4 if softcap > 0 else 2)
