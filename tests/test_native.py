@@ -601,7 +601,9 @@ def test_unit_exports_only_its_kernels(isa, tmp_path):
         kernels = (("bfloat16_tiles", "bfloat16_wide_tiles") if isa == "avx512bf16"
                    else ("row_kernels", "float32_tiles", "sample_kernels"))
         expected = {f"ssd_core::cpu::{isa}::{name}" for name in kernels}
-        assert shared - {"memcpy", "memset", "_GLOBAL_OFFSET_TABLE_"} == expected
+        # GCC 12 without optimisation names what unwinds exceptions even where there are none
+        runtime = {"memcpy", "memset", "_GLOBAL_OFFSET_TABLE_", "__gxx_personality_v0", "DW.ref.__gxx_personality_v0"}
+        assert shared - runtime == expected
 
 
 def test_build_info():

@@ -60,18 +60,24 @@ struct Bfloat16Pairs {
 };
 #endif
 
+// What is added to is wanted at the end only, and often in no cache.
+template <int kM>
+SSD_CORE_INLINE void fetch_block(const float* c, int64_t c_row) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kM; ++i) {
+#pragma GCC unroll 16
+    for (int j = 0; j < kVectors; ++j) {
+      __builtin_prefetch(c + i * c_row + j * kLanes, 1);
+    }
+  }
+}
+
 template <class Words, int kM, bool kAdd>
 SSD_CORE_INLINE void multiply_rows(
     const char* const* a, int64_t a_col, const char* b, int64_t b_row, float* c, int64_t c_row, int64_t k) {
   Vec sum[kM][kVectors] = {};
   if constexpr (kAdd) {
-#pragma GCC unroll 16
-    for (int i = 0; i < kM; ++i) {
-#pragma GCC unroll 16
-      for (int j = 0; j < kVectors; ++j) {
-        __builtin_prefetch(c + i * c_row + j * kLanes, 1);
-      }
-    }
+    fetch_block<kM>(c, c_row);
   }
   for (int64_t l = 0, at = 0; l < k; ++l, at += a_col) {
     Vec x[kVectors];
