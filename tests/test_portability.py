@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from pathlib import Path
 
 import pytest
 from compiled import ROOT
@@ -30,8 +31,14 @@ def objects(request, tmp_path_factory):
     command = [sys.executable, "-P", "-m", "ziglang", "c++", "-target", f"{request.param}-linux-gnu", "-std=c++20",
                "-Wall", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-fopenmp-simd",
                "-DTORCH_EXTENSION_NAME=_C", '-DSSD_CORE_TORCH_VERSION="none"']
-    for path in (*include_paths(), sysconfig.get_path("include")):
-        command += ["-isystem", path]
+    # Debian's Python has a configuration of each architecture, and only this machine's is there: those of 64 bits agree
+    config = Path(sysconfig.get_config_h_filename())
+    own = config.parents[1] / (sysconfig.get_config_var("MULTIARCH") or "") / config.parent.name / config.name
+    there = folder / f"{request.param}-linux-gnu" / config.parent.name
+    there.mkdir(parents=True)
+    shutil.copy(own if own.exists() else config, there)
+    for path in (*include_paths(), sysconfig.get_path("include"), folder):
+        command += ["-isystem", str(path)]
     environment = {**os.environ, "ZIG_GLOBAL_CACHE_DIR": str(folder), "ZIG_LOCAL_CACHE_DIR": str(folder)}
     found = {}
     for source in SOURCES:
