@@ -405,7 +405,7 @@ def linear_distill(
     from ssd_core.kernels.tiled import slope_distill
 
     make = _distill_rows(ids, probs, labels, class_weight, label_weight, input.device, vocab=vocab, **options)
-    tiled = chunks.route == "tiled"     # of a sparse teacher
+    tiled = chunks.route == "tiled" and ids is not None
     teacher_head = buffer = None
     extent = 0 if teacher_logits is None else teacher_logits.shape[1]
     if teacher_logits is not None and teacher_logits.stride(1) != 1:
