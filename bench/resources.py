@@ -50,10 +50,10 @@ def _variant(name, module, function, launch, types=None, targets=TARGETS, **flag
     return Variant(name, module, function, launch, tuple((types or {}).items()), tuple(flags.items()), targets)
 
 
-def _tiled(name, function, targets=TARGETS, dtype="bf16", launch="tiles", **flags):
+def _tiled(name, op, kernel, targets=TARGETS, dtype="bf16", launch="tiles", **flags):
     """With the operands' dtype, or that of a descriptor of them."""
     types = {"x_ptr": dtype, "w_ptr": dtype, "ids_ptr": "*i64"}
-    return _variant(name, "tiled", function, launch, types, targets, **{"PRECISION": "ieee", **flags})
+    return _variant(name, f"tiled_{op}", f"_{kernel}", launch, types, targets, **{"PRECISION": "ieee", **flags})
 
 
 def _tiled_variants():
@@ -62,34 +62,34 @@ def _tiled_variants():
     options = {"HAS_BIAS": True, "HAS_SOFTCAP": True, "HAS_CLASS_WEIGHT": True, "SMOOTH": True}
     everything, labels = {**options, "BUCKET": True}, {**options, "WITH_CE": True, "HAS_LABELS": True}
     for through, targets, flags in ((", descriptors", hopper, {"TMA": True}), ("", TARGETS, {})):
-        yield _tiled(f"tiled cross-entropy, look{through}", "_cross_entropy_look", targets, **flags)
-        yield _tiled(f"tiled cross-entropy, look, 64 ids, all options{through}", "_cross_entropy_look", targets, K=64,
+        yield _tiled(f"tiled cross-entropy, look{through}", "cross_entropy", "look", targets, **flags)
+        yield _tiled(f"tiled cross-entropy, look, 64 ids, all options{through}", "cross_entropy", "look", targets, K=64,
                      BLOCK_K=64, **everything, **flags)
-        yield _tiled(f"tiled cross-entropy, slope{through}", "_cross_entropy_slope", targets, **flags)
-        yield _tiled(f"tiled cross-entropy, slope, all options{through}", "_cross_entropy_slope", targets, **everything,
-                     **flags)
-        yield _tiled(f"tiled distillation, look, 20 ids{through}", "_distill_look", targets, K=20, **flags)
-        yield _tiled(f"tiled distillation, slope{through}", "_distill_slope", targets, **flags)
+        yield _tiled(f"tiled cross-entropy, slope{through}", "cross_entropy", "slope", targets, **flags)
+        yield _tiled(f"tiled cross-entropy, slope, all options{through}", "cross_entropy", "slope", targets,
+                     **everything, **flags)
+        yield _tiled(f"tiled distillation, look, 20 ids{through}", "distill", "look", targets, K=20, **flags)
+        yield _tiled(f"tiled distillation, slope{through}", "distill", "slope", targets, **flags)
         for kernel in ("look", "slope"):
-            yield _tiled(f"tiled distillation, {kernel}, 64 ids, all options{through}", f"_distill_{kernel}", targets,
+            yield _tiled(f"tiled distillation, {kernel}, 64 ids, all options{through}", "distill", kernel, targets,
                          launch="narrow tiles", K=64, **labels, **flags)
-        yield _tiled(f"tiled log-probability, look{through}", "_logprob_look", targets, HAS_SOFTCAP=True, **flags)
-        yield _tiled(f"tiled log-probability, slope{through}", "_logprob_slope", targets, HAS_SOFTCAP=True, **flags)
+        yield _tiled(f"tiled log-probability, look{through}", "logprob", "look", targets, HAS_SOFTCAP=True, **flags)
+        yield _tiled(f"tiled log-probability, slope{through}", "logprob", "slope", targets, HAS_SOFTCAP=True, **flags)
         for kernel in ("look", "slope"):
-            yield _tiled(f"tiled cross-entropy, {kernel}, float16{through}", f"_cross_entropy_{kernel}", targets,
+            yield _tiled(f"tiled cross-entropy, {kernel}, float16{through}", "cross_entropy", kernel, targets,
                          dtype="fp16", **flags)
     for precision in ("ieee", "tf32"):
         for kernel in ("look", "slope"):
             for name, op in (("cross-entropy", "cross_entropy"), ("distillation", "distill")):
-                yield _tiled(f"tiled {name}, {kernel}, float32 {precision}", f"_{op}_{kernel}",
+                yield _tiled(f"tiled {name}, {kernel}, float32 {precision}", op, kernel,
                              TARGETS if precision == "ieee" else TARGETS[:3], dtype="fp32", PRECISION=precision,
                              launch="narrow tiles" if op == "distill" else "tiles")
-    yield _variant("tiled cross-entropy, targets", "tiled", "_cross_entropy_targets", "targets", K=64, BLOCK_K=64,
+    yield _variant("tiled cross-entropy, targets", "tiled_cross_entropy", "_targets", "targets", K=64, BLOCK_K=64,
                    **everything)
     once_more = {"LOOK": False, "GRADIENT": False, "CARRY": True, "K": 64, "BLOCK_K": 64}
     yield _variant("tiled cross-entropy, end of rows", *CE, HAS_SLOPES=True, **once_more, **everything)
     yield _variant("tiled distillation, end of rows", *SPARSE, HAS_PARTS=True, **once_more, **labels)
-    yield _variant("tiled distillation, targets", "tiled", "_distill_targets", "targets", K=64, BLOCK_K=64, **labels)
+    yield _variant("tiled distillation, targets", "tiled_distill", "_targets", "targets", K=64, BLOCK_K=64, **labels)
 
 
 # of a head, logits are float32 and the gradient that takes their place bfloat16

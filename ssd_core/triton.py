@@ -212,7 +212,7 @@ def linear_cross_entropy(
     keep_float32, dtype, logit_scale, softcap, temperature, vocab, vocab_start, group, grad_filter, grad_filter_weight,
     one_sign, vocab_order, **options,
 ):
-    from ssd_core.kernels.tiled import slope_cross_entropy
+    from ssd_core.kernels.tiled_cross_entropy import slope
 
     head, filtered = _head(input, linear_weight, linear_bias, logit_scale, softcap, dtype, chunks), None
     if grad_filter or grad_filter_weight:
@@ -224,12 +224,12 @@ def linear_cross_entropy(
         ids = filtered.places(ids.long())
     make = _cross_entropy_rows(
         ids, probs, dense, class_weight, label_weight, temperature=temperature, vocab=vocab, **options)
-    tiled = chunks.route == "tiled" and dense is None
+    tiled = chunks.route == "tiled"
 
     def make_pass(index, part):
         found = make(index, _taken(row_scale, part))
         if tiled:
-            return TiledPass(found, _reduce_cross_entropy, _look_cross_entropy, slope_cross_entropy)
+            return TiledPass(found, _reduce_cross_entropy, _look_cross_entropy, slope)
         return KernelPass(found, _reduce_cross_entropy)
 
     results, *grads = heads.run(
@@ -293,9 +293,9 @@ def _cross_entropy_sums(state, over):
 
 
 def _look_cross_entropy(rows, tiles) -> None:
-    from ssd_core.kernels.tiled import look_cross_entropy
+    from ssd_core.kernels.tiled_cross_entropy import look
 
-    state, targets = look_cross_entropy(rows, tiles)
+    state, targets = look(rows, tiles)
     rows.state = torch.cat((_cross_entropy_sums(state, _over_spans), targets), -1)
 
 
@@ -312,13 +312,13 @@ def linear_logprob(
     input, linear_weight, linear_bias, ids, rows, *, row_scale, needs, chunks, keep_float32, dtype, logit_scale,
     softcap, temperature, vocab_start, group,
 ):
-    from ssd_core.kernels.tiled import slope_logprob
+    from ssd_core.kernels.tiled_logprob import slope
 
     tiled = chunks.route == "tiled"
 
     def make_pass(index, part):
         found = _logprob_rows(ids, index, _taken(row_scale, part), temperature)
-        return TiledPass(found, _reduce_logprob, _look_logprob, slope_logprob) if tiled else KernelPass(
+        return TiledPass(found, _reduce_logprob, _look_logprob, slope) if tiled else KernelPass(
             found, _reduce_logprob)
 
     results, *grads = heads.run(
@@ -345,9 +345,9 @@ def _reduce_logprob(rows, over, step) -> None:
 
 
 def _look_logprob(rows, tiles) -> None:
-    from ssd_core.kernels.tiled import look_logprob
+    from ssd_core.kernels.tiled_logprob import look
 
-    rows.state = look_logprob(rows, tiles)
+    rows.state = look(rows, tiles)
     _reduce_logprob(rows, _over_spans, 0)
 
 
@@ -402,10 +402,10 @@ def linear_distill(
     rows, *, class_weight, label_weight, row_scale, needs, chunks, keep_float32, dtype, logit_scale, softcap,
     teacher_logit_scale, teacher_softcap, vocab, vocab_start, group, **options,
 ):
-    from ssd_core.kernels.tiled import slope_distill
+    from ssd_core.kernels.tiled_distill import slope
 
     make = _distill_rows(ids, probs, labels, class_weight, label_weight, input.device, vocab=vocab, **options)
-    tiled = chunks.route == "tiled" and ids is not None
+    tiled = chunks.route == "tiled"
     teacher_head = buffer = None
     extent = 0 if teacher_logits is None else teacher_logits.shape[1]
     if teacher_logits is not None and teacher_logits.stride(1) != 1:
@@ -420,7 +420,7 @@ def linear_distill(
     def make_pass(index, part):
         found = make(index, part.stop - part.start, _taken(row_scale, part))
         if tiled:
-            return TiledPass(found, _reduce_sparse_distill, _look_distill, slope_distill)
+            return TiledPass(found, _reduce_sparse_distill, _look_distill, slope)
         if ids is not None:
             return KernelPass(found, _reduce_sparse_distill)
         return TaughtPass(found, teacher_logits, teacher_head, index, teacher_logit_scale, teacher_softcap, buffer)
@@ -450,9 +450,9 @@ def distill(
 
 
 def _look_distill(rows, tiles) -> None:
-    from ssd_core.kernels.tiled import look_distill
+    from ssd_core.kernels.tiled_distill import look
 
-    state, targets = look_distill(rows, tiles)
+    state, targets = look(rows, tiles)
     merged = state[0].clone()
     _reduce_student(merged, state, _over_spans)
     rows.state = torch.cat((merged, targets), -1)

@@ -49,9 +49,11 @@ def test_each_op_in_the_interpreter(files, choice):
 
 
 @pytest.mark.all
-def test_the_tiled_route_of_sparse_distillation():
-    run_tests(files=["tests/ops/test_linear_distill.py"], choice=f"{PRECISE} and sparse", TRITON_INTERPRET="1",
-              SSD_CORE_ROUTE="tiled")
+@pytest.mark.parametrize(("files", "choice"), [
+    (["tests/ops/test_linear_distill.py"], f"{PRECISE} and sparse"),
+    (["tests/ops/test_process_group.py"], "triton and float32 and 2-ranks")])
+def test_what_the_tiled_route_serves(files, choice):
+    run_tests(files=files, choice=choice, TRITON_INTERPRET="1", SSD_CORE_ROUTE="tiled")
 
 
 @pytest.mark.all

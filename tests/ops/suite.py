@@ -414,5 +414,6 @@ def flops(function):
 def planned(monkeypatch, name, rows, columns, tile):
     """Calls of a ``linear_*`` op work on chunks of these sizes."""
     with monkeypatch.context() as patch:
-        patch.setattr(f"ssd_core.ops.{name}.plan_chunks", lambda *_: ChunkPlan(rows, columns, tile, route=ROUTE))
+        patch.setattr(f"ssd_core.ops.{name}.plan_chunks", lambda demand, *_: ChunkPlan(
+            rows, columns, tile, route=ROUTE if demand.tiled else "chunked"))
         yield

@@ -213,7 +213,7 @@ def worker(rank, world, folder):
     def planning(demand, workspace):
         if backend == "triton":
             columns = 97 if "tiles" in name else demand.vocab
-            route = os.environ.get("SSD_CORE_ROUTE", "chunked")
+            route = os.environ.get("SSD_CORE_ROUTE", "chunked") if demand.tiled else "chunked"
             return plan.ChunkPlan(3 if workspace else demand.tokens, 64, columns, route=route)
         if demand.held is None or workspace is None or name == "refused":
             plans.append(plan_chunks(demand, workspace))
