@@ -42,12 +42,15 @@ STATES = max(op.STATE.value for op in (cross_entropy, distill, logprob))     # n
 
 
 @triton.jit
-def place_of(item, row_tiles, spans, GROUP: tl.constexpr):
-    """Row tile and span of a work item: the row tiles of a group for one span, then for the next."""
+def work_of(item, row_tiles, spans, rows, GROUP: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Row tile and span of a work item, the row tiles of a group for one span, then for the next; the tile's rows, and
+    which of them are there."""
     first = item // (GROUP * spans) * GROUP
     size = tl.minimum(row_tiles - first, GROUP)
     within = item % (GROUP * spans)
-    return first + within % size, within // size
+    row_tile = first + within % size
+    row = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    return row_tile, within // size, row.to(tl.int64), row < rows
 
 
 @triton.jit
@@ -60,13 +63,6 @@ def as_operand(b, dtype: tl.constexpr):
     else:
         b = b.to(dtype).to(tl.float32)
     return b
-
-
-@triton.jit
-def rows_of(row_tile, rows, BLOCK_N: tl.constexpr):
-    """Of a tile: its rows, and which of them are there."""
-    row = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    return row.to(tl.int64), row < rows
 
 
 @triton.jit
@@ -142,6 +138,15 @@ def meet_targets(
         next_place = tl.where(met, following, next_place)
         met = next_place < last
     return z, next_k, next_place
+
+
+@triton.jit
+def targets_of(ids_ptr, row, first_id, columns, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """A row's ids (R, K), where they lie among them all, which are among these columns, and at what place there."""
+    k = tl.arange(0, BLOCK_K)
+    ids = tl.load(ids_ptr + row * K + k, mask=k < K, other=NO_ID)
+    inside = (ids >= first_id) & (ids < first_id + columns)
+    return ids, row * K + k, inside, tl.where(inside, ids - first_id, 0)
 
 
 @triton.jit

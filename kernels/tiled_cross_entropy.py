@@ -8,8 +8,8 @@ import triton.language as tl
 
 from . import cross_entropy as ce
 from .launch import unseen
-from .logits import NO_ID, store_slope
-from .tiled import Head, highest, logits, meet_targets, next_target, place_of, rows_of, smoothed
+from .logits import store_slope
+from .tiled import Head, highest, logits, meet_targets, next_target, smoothed, targets_of, work_of
 
 
 @triton.jit
@@ -26,8 +26,7 @@ def _look(
     NEVER: tl.constexpr = -float("inf")
     row_tiles, blocks = tl.cdiv(rows, BLOCK_N), tl.cdiv(columns, BLOCK_V)
     for item in range(tl.program_id(0), row_tiles * spans, tl.num_programs(0)):
-        row_tile, span = place_of(item, row_tiles, spans, GROUP)
-        row, there = rows_of(row_tile, rows, BLOCK_N)
+        row_tile, span, row, there = work_of(item, row_tiles, spans, rows, GROUP, BLOCK_N)
         first, last = span * blocks // spans, (span + 1) * blocks // spans
 
         next_k, next_place = next_target(ids_ptr, row, there, first * BLOCK_V, first_id, columns, K)
@@ -71,8 +70,7 @@ def _slope(
 ):
     row_tiles, blocks = tl.cdiv(rows, BLOCK_N), tl.cdiv(columns, BLOCK_V)
     for item in range(tl.program_id(0), row_tiles * blocks, tl.num_programs(0)):
-        row_tile, block = place_of(item, row_tiles, blocks, GROUP)
-        row, there = rows_of(row_tile, rows, BLOCK_N)
+        row_tile, block, row, there = work_of(item, row_tiles, blocks, rows, GROUP, BLOCK_N)
         j, c = logits(
             x_ptr, x_stride, x_inner, w_ptr, w_stride, w_inner, bias_ptr, row_tile, block, rows, columns, hidden,
             scale, softcap, HAS_BIAS, HAS_SOFTCAP, TMA, PRECISION, BLOCK_N, BLOCK_V, BLOCK_D)
@@ -102,12 +100,9 @@ def _targets(
 ):
     """The slope at the ids of each row's target, from their logits."""
     row = tl.program_id(0).to(tl.int64)
-    k = tl.arange(0, BLOCK_K)
-    ids = tl.load(ids_ptr + row * K + k, mask=k < K, other=NO_ID)
-    inside = (ids >= first_id) & (ids < first_id + columns)
-    place = tl.where(inside, ids - first_id, 0)
-    on = tl.where(inside, 1.0, 0.0) if HARD else tl.load(weights_ptr + row * K + k, mask=inside, other=0.0)
-    z = tl.load(state_ptr + row * (ce.STATE + K) + ce.STATE + k, mask=inside, other=0.0)
+    _, target, inside, place = targets_of(ids_ptr, row, first_id, columns, K, BLOCK_K)
+    on = tl.where(inside, 1.0, 0.0) if HARD else tl.load(weights_ptr + target, mask=inside, other=0.0)
+    z = tl.load(state_ptr + (row + 1) * ce.STATE + target, mask=inside, other=0.0)
     at = slopes_ptr + row * ce.SLOPES
     each_k = ce.each_of(class_weight_ptr, place, inside, tl.load(at + ce.EACH), SMOOTH, HAS_CLASS_WEIGHT)
     g = ce.slope_of(z, on, each_k, tl.load(at + ce.SHIFT), tl.load(at + ce.ON_Q), tl.load(at + ce.SHARP),

@@ -10,8 +10,8 @@ import triton.language as tl
 
 from . import distill as ds
 from .launch import unseen
-from .logits import NO_ID, store_slope
-from .tiled import Head, highest, load_places, logits, meet_targets, next_target, place_of, rows_of, smoothed
+from .logits import store_slope
+from .tiled import Head, highest, load_places, logits, meet_targets, next_target, smoothed, targets_of, work_of
 
 
 @triton.jit
@@ -28,8 +28,7 @@ def _look(
 ):
     row_tiles, blocks = tl.cdiv(rows, BLOCK_N), tl.cdiv(columns, BLOCK_V)
     for item in range(tl.program_id(0), row_tiles * spans, tl.num_programs(0)):
-        row_tile, span = place_of(item, row_tiles, spans, GROUP)
-        row, there = rows_of(row_tile, rows, BLOCK_N)
+        row_tile, span, row, there = work_of(item, row_tiles, spans, rows, GROUP, BLOCK_N)
         first, last = span * blocks // spans, (span + 1) * blocks // spans
         at = state_ptr + (span.to(tl.int64) * rows + row) * ds.STATE
 
@@ -95,8 +94,7 @@ def _slope(
 ):
     row_tiles, blocks = tl.cdiv(rows, BLOCK_N), tl.cdiv(columns, BLOCK_V)
     for item in range(tl.program_id(0), row_tiles * blocks, tl.num_programs(0)):
-        row_tile, block = place_of(item, row_tiles, blocks, GROUP)
-        row, there = rows_of(row_tile, rows, BLOCK_N)
+        row_tile, block, row, there = work_of(item, row_tiles, blocks, rows, GROUP, BLOCK_N)
         j, c = logits(
             x_ptr, x_stride, x_inner, w_ptr, w_stride, w_inner, bias_ptr, row_tile, block, rows, columns, hidden,
             scale, softcap, HAS_BIAS, HAS_SOFTCAP, TMA, PRECISION, BLOCK_N, BLOCK_V, BLOCK_D)
@@ -118,7 +116,7 @@ def _slope(
 @triton.jit
 def _targets(
     grad_ptr, grad_stride,                          # (R, C)
-    ids_ptr, weights_ptr, slopes_ptr, labels_ptr,   # (R, K), (R, K), (R, K), (R,)
+    ids_ptr, slopes_ptr, labels_ptr,                # (R, K), (R, K), (R,)
     state_ptr,                                      # (R, STATE + K)
     class_weight_ptr,                               # (C,)
     parts_ptr,                                      # (R, PARTS)
@@ -128,14 +126,10 @@ def _targets(
 ):
     """The slope at the support of each row's teacher, from its logits."""
     row = tl.program_id(0).to(tl.int64)
-    k = tl.arange(0, BLOCK_K)
-    ids = tl.load(ids_ptr + row * K + k, mask=k < K, other=NO_ID)
-    on = tl.load(weights_ptr + row * K + k, mask=k < K, other=0.0) > 0
-    inside = on & (ids >= first_id) & (ids < first_id + columns)
-    place = tl.where(inside, ids - first_id, 0)
-    c = tl.load(state_ptr + row * (ds.STATE + K) + ds.STATE + k, mask=inside, other=0.0) * temperature
-    parts = parts_ptr + row * ds.PARTS + tl.zeros_like(k)
-    g = tl.load(parts + ds.SLOPE) * tl.load(slopes_ptr + row * K + k, mask=inside, other=0.0)
+    ids, target, inside, place = targets_of(ids_ptr, row, first_id, columns, K, BLOCK_K)     # unused ones are NO_ID
+    c = tl.load(state_ptr + (row + 1) * ds.STATE + target, mask=inside, other=0.0) * temperature
+    parts = parts_ptr + row * ds.PARTS + tl.zeros_like(place)
+    g = tl.load(parts + ds.SLOPE) * tl.load(slopes_ptr + target, mask=inside, other=0.0)
     if WITH_CE:
         y = tl.load(labels_ptr + row) if HAS_LABELS else tl.full([], -1, tl.int64)
         g += _label_slope(c, ids == y, inside, class_weight_ptr, place, parts, inside, SMOOTH, HAS_CLASS_WEIGHT)
@@ -172,7 +166,7 @@ def slope(rows: ds.DistillRows, head: Head, columns: slice, grad) -> None:
     part.launch(_slope, triton.cdiv(len(part.weight), part.tiles.columns), class_weight, labels, rows.parts,
                 grad, grad.stride(0), first_id=part.first_id, SUPPORT=rows.tail == ds.SUPPORT.value, **options)
     _targets[(count,)](
-        grad, grad.stride(0), rows.ids, rows.weights, rows.slopes, labels, rows.state, class_weight, rows.parts,
+        grad, grad.stride(0), rows.ids, rows.slopes, labels, rows.state, class_weight, rows.parts,
         len(part.weight), part.first_id, scale=head.scale, softcap=head.softcap,
         temperature=1 / options.pop("inverse_temperature"), HAS_SOFTCAP=head.softcap > 0, **options, K=k,
         BLOCK_K=triton.next_power_of_2(k), num_warps=1)

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from . import logprob as lp
 from .logits import store_slope
-from .tiled import Head, highest, load_places, logits, place_of, rows_of
+from .tiled import Head, highest, load_places, logits, work_of
 
 
 @triton.jit
@@ -23,8 +23,7 @@ def _look(
 ):
     row_tiles, blocks = tl.cdiv(rows, BLOCK_N), tl.cdiv(columns, BLOCK_V)
     for item in range(tl.program_id(0), row_tiles * spans, tl.num_programs(0)):
-        row_tile, span = place_of(item, row_tiles, spans, GROUP)
-        row, there = rows_of(row_tile, rows, BLOCK_N)
+        row_tile, span, row, there = work_of(item, row_tiles, spans, rows, GROUP, BLOCK_N)
         at = state_ptr + (span.to(tl.int64) * rows + row) * lp.STATE
 
         top = tl.full([BLOCK_N], -float("inf"), tl.float32)
@@ -69,8 +68,7 @@ def _slope(
 ):
     row_tiles, blocks = tl.cdiv(rows, BLOCK_N), tl.cdiv(columns, BLOCK_V)
     for item in range(tl.program_id(0), row_tiles * blocks, tl.num_programs(0)):
-        row_tile, block = place_of(item, row_tiles, blocks, GROUP)
-        row, there = rows_of(row_tile, rows, BLOCK_N)
+        row_tile, block, row, there = work_of(item, row_tiles, blocks, rows, GROUP, BLOCK_N)
         j, c = logits(
             x_ptr, x_stride, x_inner, w_ptr, w_stride, w_inner, bias_ptr, row_tile, block, rows, columns, hidden,
             scale, softcap, HAS_BIAS, HAS_SOFTCAP, TMA, PRECISION, BLOCK_N, BLOCK_V, BLOCK_D)

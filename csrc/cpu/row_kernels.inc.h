@@ -20,10 +20,6 @@ constexpr float kInfinity = __builtin_inff();
 
 using Block = float[kBlock];
 
-SSD_CORE_INLINE float larger(float x, float max) {  // max if x is NaN
-  return x > max ? x : max;
-}
-
 SSD_CORE_INLINE int64_t smaller(int64_t a, int64_t b) {
   return a < b ? a : b;
 }
