@@ -74,7 +74,7 @@ if [ -n "$quick" ]; then
     common=(--dtypes float32 --samples 2 --no-memory --peers "eager,ssd-core,HF") check=(--dtypes float32)
     tokens=64 batch=8 heads=(512x64 1024x32) filter=512x64 ops_case=512x64 sample_case=512x64 short_rows=300x64
     sizes=(--case 512x32 --tokens 64 --values-n 32,64 --values-v 512,1024 --values-d 16,32)
-    tests=(tests/test_presets.py) tuning=(--help) more_tests=(tests/data)
+    tests=(tests/test_presets.py) tuning=(--help) more_tests=(tests/data) tiled_tests=(tests/data)
 else
     common=(--dtypes bfloat16 --samples 20 --budget 60) check=()
     tokens=8192 batch=256 heads=(llama-3-8b qwen2.5-7b gemma-2-2b gemma-3-1b) filter=smollm2@4096 ops_case=llama-3-8b
@@ -83,6 +83,7 @@ else
            --values-v 32768,65536,131072,262144 --values-d 1024,2048,4096,8192)
     # the ops' tests, their calls moved to the device; Triton compiles for each process, and keeps it for the next
     tests=(tests/ops -k triton) more_tests=(tests --ignore=tests/ops)
+    tiled_tests=(tests/ops -k "triton and linear and not grad_filter")
     tuning=(--device "$device" --minutes 4)
 fi
 
@@ -102,7 +103,9 @@ bench 11 head-ops run --ops linear_cross_entropy,linear_distill,linear_distill_h
 bench 12 row-ops run --ops softmax,log_softmax,cross_entropy,distill --cases $ops_case,$short_rows --tokens $tokens
 bench 13 sample run --ops sample --cases $sample_case --batch $batch
 bench 14 growth scale "${sizes[@]}" --budget 10
-part 15 more-tests "0 1" "$python" -P -m pytest -m "not all" -n auto "${more_tests[@]}"
+part 15 tiled-tests "0 1" env SSD_CORE_TEST_DEVICE="$device" SSD_CORE_ROUTE=tiled "$python" -P -m pytest \
+    -m "not all" -n 8 "${tiled_tests[@]}"
+part 16 more-tests "0 1" "$python" -P -m pytest -m "not all" -n auto "${more_tests[@]}"
 
 if [ ${#results[@]} -gt 0 ]; then
     "$python" -P -m ssd_core.bench.run table "${results[@]}" >"$out/table.md" || failed=1

@@ -24,7 +24,8 @@ MIB = 1 << 20
 WORKSPACES = {"cpu": (16, 64, 256), "cuda": (512, 1024, 2048)}      # MiB
 USUAL = {"cpu": 64, "cuda": 512}
 DELTA = 0.01                # of the filtered variants
-TILED = ("linear_cross_entropy", "linear_distill")      # have that route in backend "triton", gradients with the loss
+# have that route in backend "triton", gradients with the loss
+TILED = ("linear_cross_entropy", "linear_distill", "linear_distill_hidden")
 FILTERED_BOUND = 5e-2       # gradient error that filtered variants claim, in norm
 
 

@@ -39,7 +39,7 @@ class Variant:
     name: str
     module: str
     function: str
-    launch: str                                 # of kernels.launch.ROWS or FILTER, or "[narrow ]tiles" of its TILES;
+    launch: str                                 # of kernels.launch.ROWS or FILTER, or "[narrow |pairs of ]tiles" of it;
                                                 # " held N": of a whole row, of which N numbers a column are kept
     types: tuple[tuple[str, str], ...] = ()
     flags: tuple[tuple[str, object], ...] = ()
@@ -53,6 +53,8 @@ def _variant(name, module, function, launch, types=None, targets=TARGETS, **flag
 def _tiled(name, op, kernel, targets=TARGETS, dtype="bf16", launch="tiles", **flags):
     """With the operands' dtype, or that of a descriptor of them."""
     types = {"x_ptr": dtype, "w_ptr": dtype, "ids_ptr": "*i64"}
+    if flags.get("T_HEAD"):
+        types |= {"t_ptr": dtype, "v_ptr": dtype}
     return _variant(name, f"tiled_{op}", f"_{kernel}", launch, types, targets, **{"PRECISION": "ieee", **flags})
 
 
@@ -73,6 +75,14 @@ def _tiled_variants():
         for kernel in ("look", "slope"):
             yield _tiled(f"tiled distillation, {kernel}, 64 ids, all options{through}", "distill", kernel, targets,
                          launch="narrow tiles", K=64, **labels, **flags)
+        for kernel, kind, name in (("look", 0, "forward KL"), ("terms", 2, "JSD"), ("slope", 2, "JSD")):
+            for teacher, given in (("hidden", {"T_HEAD": True}), ("dense", {})):
+                yield _tiled(f"tiled {name}, {teacher} teacher, {kernel}{through}", "dense_distill", kernel, targets,
+                             launch="pairs of tiles", KIND=kind, **given, **flags)
+        for kernel in ("look", "slope"):
+            yield _tiled(f"tiled JSD, hidden teacher, {kernel}, all options{through}", "dense_distill", kernel, targets,
+                         launch="pairs of tiles", KIND=2, T_HEAD=True, T_HAS_BIAS=True, T_HAS_SOFTCAP=True, **labels,
+                         **flags)
         yield _tiled(f"tiled log-probability, look{through}", "logprob", "look", targets, HAS_SOFTCAP=True, **flags)
         yield _tiled(f"tiled log-probability, slope{through}", "logprob", "slope", targets, HAS_SOFTCAP=True, **flags)
         for kernel in ("look", "slope"):
@@ -84,6 +94,9 @@ def _tiled_variants():
                 yield _tiled(f"tiled {name}, {kernel}, float32 {precision}", op, kernel,
                              TARGETS if precision == "ieee" else TARGETS[:3], dtype="fp32", PRECISION=precision,
                              launch="narrow tiles" if op == "distill" else "tiles")
+            yield _tiled(f"tiled JSD, hidden teacher, {kernel}, float32 {precision}", "dense_distill", kernel,
+                         TARGETS if precision == "ieee" else TARGETS[:3], dtype="fp32", PRECISION=precision, KIND=2,
+                         T_HEAD=True, launch="pairs of tiles")
     yield _variant("tiled cross-entropy, targets", "tiled_cross_entropy", "_targets", "targets", K=64, BLOCK_K=64,
                    **everything)
     once_more = {"LOOK": False, "GRADIENT": False, "CARRY": True, "K": 64, "BLOCK_K": 64}
@@ -181,13 +194,13 @@ TYPES = {
     "weight_ptr": "*bf16", "order_ptr": "*i64", "active_ptr": "*i8", "list_ptr": "*i32", "count_ptr": "*i32",
     "tops_ptr": "*i64", "keys_ptr": "*i64", "least_ptr": "*i64", "scores_ptr": "*fp64", "best_ptr": "*i32",
     "counts_ptr": "*i32"}
-INTEGERS = ("first_token", "rows", "columns", "t_columns", "hidden", "tiles", "spans", "first_id", "vocab", "groups",
-            "top_k", "parts", "width", "most")
+INTEGERS = ("first_token", "rows", "columns", "t_columns", "hidden", "t_hidden", "tiles", "spans", "first_id", "vocab",
+            "groups", "top_k", "parts", "width", "most")
 ONE = re.compile(r".*_inner|weight_step")       # strides
 FLAGS = {"LOOK": True, "FINISH": True, "GRADIENT": True, "TERMS": True, "KIND": 0, "TAIL": 0, "K": 1, "BLOCK_K": 1,
          "LIMIT": 64, "CAPACITY": 256, "SORTED": 1024, "GROUP": 256, "BLOCK_G": 1024, "PARTS": 64, "TILE": 0,
          "BLOCK_T": 1024, "PRECISION": "ieee"}
-ALIGNED = re.compile(r".*_ptr|.*_stride|columns|t_columns|vocab|tiles|hidden|width")        # multiples of 16
+ALIGNED = re.compile(r".*_ptr|.*_stride|columns|t_columns|vocab|tiles|hidden|t_hidden|width")        # multiples of 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,7 +229,10 @@ def compiled(variant: Variant, target: str) -> Resources:
     block, sizes, options = _launch(variant, target)
     types, flags = {**TYPES, **dict(variant.types)}, {**FLAGS, **sizes, **dict(variant.flags)}
     if "BLOCK_N" in sizes:
-        for name, length in (("x_ptr", "BLOCK_N"), ("w_ptr", "BLOCK_V")):
+        operands = [("x_ptr", "BLOCK_N"), ("w_ptr", "BLOCK_V")]
+        if flags.get("T_HEAD"):
+            operands += [("t_ptr", "BLOCK_N"), ("v_ptr", "BLOCK_V")]
+        for name, length in operands:
             kind = types[name]
             types[name] = f"tensordesc<{kind}[{sizes[length]}, {sizes['BLOCK_D']}]>" if flags.get("TMA") else f"*{kind}"
     signature, constants, attributes = {}, {}, {}
@@ -261,10 +277,11 @@ def _launch(variant: Variant, target: str):
         return "ids of a row", {}, {"num_warps": 1}
     if variant.launch.endswith("tiles"):
         dtype = torch.float32 if dict(variant.types)["x_ptr"] == "fp32" else torch.bfloat16
-        found = tiles_of(target, dtype, dict(variant.flags).get("TMA", False))
-        found = found.narrow if variant.launch == "narrow tiles" else found
+        kind = variant.launch.removesuffix("tiles").strip()
+        found = tiles_of(target, dtype, dict(variant.flags).get("TMA", False), pairs=kind == "pairs of")
+        found = found.narrow if kind == "narrow" else found
         sizes = {"BLOCK_N": found.rows, "BLOCK_V": found.columns, "BLOCK_D": found.terms, "GROUP": found.group}
-        name = "launch.TILES" + ".narrow" * variant.launch.startswith("narrow")
+        name = {"": "launch.TILES", "narrow": "launch.TILES.narrow", "pairs of": "launch.PAIRS"}[kind]
         return name, sizes, {"num_warps": found.warps, "num_stages": found.stages}
     name, _, held = variant.launch.partition(" held ")
     hip = target.startswith("gfx")

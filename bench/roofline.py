@@ -3,11 +3,12 @@
     python -P -m ssd_core.bench.roofline --tokens 8192 --workspace 1024
 
 A prediction is arithmetic. A matrix product takes the longer of its FLOP over the rate of such a product and its bytes
-over the rate of a copy, which it overlaps; a row kernel, which overlaps with nothing, its bytes. Launches, and what
-caches save, are not in it. ``grad_filter`` is the cross-entropy of which 5 % of the pairs of a tile and a token are
-left, as with SmolLM2 and a bound of 0.01, over the exact products. Of an op with two routes, the tiled one is beside
-the chunked one: two products in a kernel of ours, 1.2 times as long as the library's (a guess, in ``plan.TILED``),
-which move no logits but their gradient.
+over the rate of a copy, which it overlaps; a row kernel, which overlaps with nothing, its bytes: those of a further
+look at a row only if the rows that are worked on side by side, two on a multiprocessor, do not fit the chip's cache.
+Launches are not in it. ``grad_filter`` is the cross-entropy of which 5 % of the pairs of a tile and a token are left,
+as with SmolLM2 and a bound of 0.01, over the exact products. Of an op with two routes, the tiled one is beside the
+chunked one: its products for each look and for the gradient in a kernel of ours, 1.2 times as long as the library's
+(a guess, in ``plan.TILED``), which move no logits but their gradient.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Annotated, Optional
 
 import typer
 from ssd_core.bench.cases import HEADS, Head, head
+from ssd_core.bench.verdict import TARGETS
 
 from ssd_core.checks import UsageError
 from ssd_core.plan import MIB, TILED
@@ -30,14 +32,16 @@ tiled route. `python -P -m ssd_core.bench.roofline --out bench/ROOFLINE.md` writ
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """``flops`` of a bfloat16 matrix product and ``bandwidth`` of a copy, bytes read and written, a second. Of a
-    multiprocessor ``threads``, ``registers`` and bytes of ``shared`` memory, 1 KiB of which each program takes besides.
-    """
+    """``flops`` of a bfloat16 matrix product and ``bandwidth`` of a copy, bytes read and written, a second; bytes of
+    ``cache`` that ``multiprocessors`` share. Of a multiprocessor ``threads``, ``registers`` and bytes of ``shared``
+    memory, 1 KiB of which each program takes besides."""
 
     name: str
     flops: float
     bandwidth: float
     source: str
+    multiprocessors: int = 132
+    cache: int = 50 << 20
     threads: int = 2048
     registers: int = 65536
     shared: int = 228 << 10
@@ -50,36 +54,44 @@ class Chip:
 
 CHIPS = (
     Chip("H100", 798e12, 3.0e12, "measured: 8192 x 8192 x 8192 on random data; a copy on the device"),
-    Chip("B200", 0.8 * 2250e12, 0.9 * 8.0e12, "not measured: 0.8 and 0.9 of what the vendor says"),
+    Chip("B200", 0.8 * 2250e12, 0.9 * 8.0e12, "not measured: 0.8 and 0.9 of what the vendor says", 148, 126 << 20),
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """``products``: matrix products of (N, V, D). Bytes of a logit that the least possible and our row kernels move."""
+    """``products``: matrix products of (N, V, D). Bytes of a logit that the least possible kernel moves; and ours: so
+    many ``looks`` at ``seen`` bytes, and what is written, or read besides."""
 
     products: int
     floor: float
-    ours: float
+    looks: int
+    seen: float
+    written: float
     about: str
-    tiled: bool = False         # there is a tiled route, too
+    tiled: int = 0              # looks at tiles, if there is such a route, too
     active: float = 1.0         # of two products the share that is left, by kernels of ours
 
+    def row_seconds(self, chip: Chip, tokens: int, vocab: int) -> float:
+        held = 2 * chip.multiprocessors * self.seen * vocab <= chip.cache
+        return ((1 if held else self.looks) * self.seen + self.written) * tokens * vocab / chip.bandwidth
 
-# a row of a large vocabulary does not stay in cache between two looks at it
-HEAD = Work(3, 0, 4 + 4 + 2, "float32 outputs looked at twice, bfloat16 gradient")
-TILED_HEAD = dataclasses.replace(HEAD, tiled=True)
+
+HEAD = Work(3, 0, 2, 4, 2, "float32 outputs looked at twice, bfloat16 gradient")
+TILED_HEAD = dataclasses.replace(HEAD, tiled=2)
 WORK = {
     "linear_cross_entropy": TILED_HEAD,
     "linear_distill": TILED_HEAD,
-    "linear_distill_hidden": Work(4, 0, 3 * (4 + 4) + 2, "JSD: both sides looked at three times (a forward KL: twice)"),
+    "linear_distill_hidden": Work(
+        4, 0, 3, 4 + 4, 2, "JSD: both sides looked at three times (a KL: twice)", tiled=3),
     "linear_logprob": TILED_HEAD,
-    "grad_filter": Work(3, 0, 4 + 4 + 2 + 2, "exact floor; the gradient read once more for its moments", active=0.05),
-    "softmax": Work(0, 2 + 2, 2 + 2 + 2, "looked at twice"),
-    "log_softmax": Work(0, 2 + 2, 2 + 2 + 2, "looked at twice"),
-    "cross_entropy": Work(0, 2 + 2, 2 + 2 + 2, "looked at twice"),
-    "distill": Work(0, 2 + 2 + 2, 2 * (2 + 2) + 2, "forward KL: both sides looked at twice"),
-    "sample": Work(0, 2, 2, "looked at once, with top-k up to 512; again only what may be among the k largest"),
+    "grad_filter": Work(3, 0, 2, 4, 2 + 2, "exact floor; the gradient read once more for its moments", active=0.05),
+    "softmax": Work(0, 2 + 2, 2, 2, 2, "looked at twice"),
+    "log_softmax": Work(0, 2 + 2, 2, 2, 2, "looked at twice"),
+    "cross_entropy": Work(0, 2 + 2, 2, 2, 2, "looked at twice"),
+    "distill": Work(0, 2 + 2 + 2, 2, 2 + 2, 2, "forward KL: both sides looked at twice"),
+    "sample": Work(
+        0, 2, 1, 2, 0, "looked at once, with top-k up to 512; again only what may be among the k largest"),
 }
 
 
@@ -106,7 +118,7 @@ def predict(op: str, case: str, head: Head, chip: Chip, tokens: int, workspace: 
     """``workspace`` in bytes bounds a chunk's rows, and so how often d_weight is added up in float32."""
     work, v, d = WORK[op], head.vocab, head.hidden
     floor = 2 * work.products * tokens * v * d / chip.flops + work.floor * tokens * v / chip.bandwidth
-    seconds = work.ours * tokens * v / chip.bandwidth
+    seconds = work.row_seconds(chip, tokens, v)
     if work.products:
         teachers = work.products - 3
         chunks = -(-tokens // min(tokens, max(1, workspace // (4 * v * (1 + teachers)))))
@@ -118,16 +130,17 @@ def predict(op: str, case: str, head: Head, chip: Chip, tokens: int, workspace: 
         seconds += chunks * ((1 + teachers) * product(chip, rows, v, d, 4) + gradients)
         if chunks > 1 or work.active < 1:
             seconds += (4 + 2) * v * d / chip.bandwidth         # rounded once
-    return Prediction(op, case, chip.name, floor, seconds, predict_tiled(head, chip, tokens, workspace)
+    return Prediction(op, case, chip.name, floor, seconds, predict_tiled(work, head, chip, tokens, workspace)
                       if work.tiled else None)
 
 
-def predict_tiled(head: Head, chip: Chip, tokens: int, workspace: int) -> float:
-    """Seconds of two products of our own, and two of the library for each span of a bfloat16 gradient."""
+def predict_tiled(work: Work, head: Head, chip: Chip, tokens: int, workspace: int) -> float:
+    """Seconds of products of our own for each look, and two of the library for each span of a bfloat16 gradient."""
     v, d = head.vocab, head.hidden
     spans = -(-v // min(v, max(1, workspace // (2 * tokens))))
     columns = -(-v // spans)
-    seconds = TILED[2] * (product(chip, tokens, v, d, 0) + product(chip, tokens, v, d, 2))
+    kept, written = product(chip, tokens, v, d, 0), product(chip, tokens, v, d, 2)
+    seconds = TILED[2] * (work.tiled * (work.products - 2) * kept + written - kept)
     added = 8 if spans > 1 else 2                                # d_input is added up in float32, d_weight never
     return seconds + spans * (product(chip, tokens, d, columns, added) + product(chip, columns, d, tokens, 2))
 
@@ -145,6 +158,18 @@ def table(found: list[Prediction], tokens: int) -> str:
                  + (f"; tiled {1e3 * one.tiled:.2f} ms: {one.tiled / one.floor:.2f}" if one.tiled else "")
                  for one in ones]
         lines.append(f"| {op}, {case} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def beside_targets(chip: Chip) -> str:
+    """Markdown: what the better route is predicted to need of each target's floor, at the target's workspace."""
+    lines = [f"| target | predicted, {chip.name} |", "|---|---|"]
+    for target in TARGETS:
+        op = "grad_filter" if target.filtered else target.op
+        if target.device == "cuda" and not target.seconds:
+            found = predict(op, target.case, head(target.case), chip, target.tokens, (target.workspace or 1024) * MIB)
+            best = min(found.seconds, found.tiled or found.seconds) / found.floor
+            lines.append(f"| {target} | {best:.2f} |")
     return "\n".join(lines)
 
 
@@ -179,7 +204,7 @@ def main(
     found = [predict(op, case, head(case), chip, tokens, workspace * MIB)
              for op in ops.split(",") for case in cases.split(",") for chip in CHIPS]
     parts = ["\n".join(f"- {chip.name}: {chip.flops / 1e12:.0f} TFLOP/s, {chip.bandwidth / 1e12:.1f} TB/s "
-                       f"({chip.source})" for chip in CHIPS), table(found, tokens)]
+                       f"({chip.source})" for chip in CHIPS), table(found, tokens), beside_targets(CHIPS[0])]
     if with_occupancy:
         parts.append(occupancy())
     print("\n\n".join(parts))

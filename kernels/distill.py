@@ -12,8 +12,8 @@ everything else, whose masses are p_tail = 1 - sum(p) and q_tail, the sum of wha
 See ``kernels.cross_entropy`` for the passes; a dense teacher's needs two looks, normalisers and terms. Of a forward KL,
 sum(r) = -1 is known before: its terms are looked at together with the gradient, if one call does both.
 
-``kernels.tiled`` makes the same state from a sparse teacher without logits in memory, and wants to know what the slope
-of each row is made of: ``slopes`` on the support, and ``parts``.
+``kernels.tiled`` makes the same state without logits in memory, and wants to know what the slope of each row is made
+of: ``parts``, and of a sparse teacher ``slopes`` on the support.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from .cross_entropy import loss_of
-from .divergences import FORWARD, KINDS, divergence_terms
+from .divergences import FORWARD, JSD, KINDS, divergence_terms
 from .launch import row_launch, unseen
 from .logits import NO_ID, load_logits, raised, store_slope, support_until
 
@@ -85,6 +85,14 @@ def label_slope(
     if SMOOTH:
         g -= each * (tl.load(class_weight_ptr + offsets, mask=mask, other=0.0) if HAS_CLASS_WEIGHT else 1.0)
     return g
+
+
+@triton.jit
+def _store_label_parts(parts_ptr, row_scale, top, total, on_q, sharp, each):
+    tl.store(parts_ptr + CE_SHIFT, top)
+    tl.store(parts_ptr + CE_ON_E, row_scale * (on_q / total))
+    tl.store(parts_ptr + CE_SHARP, row_scale * sharp)
+    tl.store(parts_ptr + CE_EACH, row_scale * each)
 
 
 # -- a sparse teacher
@@ -239,10 +247,7 @@ def _sparse_rows(
             tl.store(parts_ptr + ON_TAIL, slope * on_tail)
             tl.store(parts_ptr + SLOPE, slope)
             if WITH_CE:
-                tl.store(parts_ptr + CE_SHIFT, ce_top)
-                tl.store(parts_ptr + CE_ON_E, row_scale * (on_q / ce_total))
-                tl.store(parts_ptr + CE_SHARP, row_scale * sharp)
-                tl.store(parts_ptr + CE_EACH, row_scale * each)
+                _store_label_parts(parts_ptr, row_scale, ce_top, ce_total, on_q, sharp, each)
     if GRADIENT:
         next_k, next_id = 0, tl.load(ids_ptr)
         for start in range(0, columns, BLOCK_V):
@@ -274,16 +279,18 @@ def _dense_rows(
     t_ptr, t_stride,                                # (N, C') the teacher's
     tokens_ptr, first_token,                        # (R,) int64: places of the rows; without: one after the other
     bias_ptr, class_weight_ptr, t_bias_ptr,         # (C,), (C,), (C',)
+    parts_ptr,                                      # (R, PARTS); made here
     labels_ptr, label_weight_ptr, row_scale_ptr,    # (R,)
     state_ptr,                                      # (R, STATE)
     results_ptr, results_stride,                    # (4, R) loss, divergence, nll, lse
     columns, t_columns, first_id, vocab, scale, softcap, t_scale, t_softcap, inverse_temperature, beta, factor,
     reported, label_smoothing, z_loss, ce_factor,
     KIND: tl.constexpr, LOOK: tl.constexpr, TERMS: tl.constexpr, FINISH: tl.constexpr, GRADIENT: tl.constexpr,
-    CARRY: tl.constexpr, BY_TOKEN: tl.constexpr, T_BY_TOKEN: tl.constexpr, HAS_TOKENS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, T_HAS_BIAS: tl.constexpr, T_HAS_SOFTCAP: tl.constexpr,
-    WITH_CE: tl.constexpr, HAS_LABELS: tl.constexpr, HAS_CLASS_WEIGHT: tl.constexpr, HAS_LABEL_WEIGHT: tl.constexpr,
-    SMOOTH: tl.constexpr, NARROWED: tl.constexpr, HELD: tl.constexpr, BLOCK_V: tl.constexpr,
+    HAS_PARTS: tl.constexpr, CARRY: tl.constexpr, BY_TOKEN: tl.constexpr, T_BY_TOKEN: tl.constexpr,
+    HAS_TOKENS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, T_HAS_BIAS: tl.constexpr,
+    T_HAS_SOFTCAP: tl.constexpr, WITH_CE: tl.constexpr, HAS_LABELS: tl.constexpr, HAS_CLASS_WEIGHT: tl.constexpr,
+    HAS_LABEL_WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, NARROWED: tl.constexpr, HELD: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     token = tl.load(tokens_ptr + row) if HAS_TOKENS else row + first_token
@@ -389,9 +396,15 @@ def _dense_rows(
             tl.store(results_ptr + 2 * results_stride + row, nll)
             tl.store(results_ptr + 3 * results_stride + row, lse)
 
-    if GRADIENT:
+    if GRADIENT or HAS_PARTS:
         row_scale = tl.load(row_scale_ptr + row)
         slope = row_scale * factor * inverse_temperature
+    if HAS_PARTS:
+        parts_ptr += row * PARTS
+        tl.store(parts_ptr + SLOPE, slope)
+        if WITH_CE:
+            _store_label_parts(parts_ptr, row_scale, ce_top, ce_total, on_q, sharp, each)
+    if GRADIENT:
         if TOGETHER:
             own = -1.0
         for start in range(0, extent if TOGETHER else columns, BLOCK_V):
@@ -443,6 +456,15 @@ class DistillRows:
         self.results = torch.zeros(4, count, dtype=torch.float32, device=device)
         self.state = self.parts = self.slopes = None
 
+    @property
+    def forward(self) -> bool:
+        return self.options["KIND"] == FORWARD.value
+
+    @property
+    def looks(self) -> int:
+        """At a dense teacher's tiles, before the gradient: the terms of a JSD want to know both normalisers."""
+        return 2 if self.options["KIND"] == JSD.value else 1
+
     def run(
         self, x, grad, bias=None, column=0, first_id=0, *, scale=1.0, softcap=0.0, by_token=False, look=True,
         finish=True, step=0, teacher=None,
@@ -463,19 +485,20 @@ class DistillRows:
         outputs = (x, x.stride(0), place, place.stride(0))
         tokens = (self.tokens, 0) if has_tokens else (x, self.tokens)
         class_weight = given(self.class_weight)[column:] if self.class_weight is not None else x
-        rows = (given(self.labels), given(self.label_weight), given(self.row_scale), given(self.state), self.results,
-                self.results.stride(0))
+        rows = (given(self.parts), given(self.labels), given(self.label_weight), given(self.row_scale),
+                given(self.state), self.results, self.results.stride(0))
         common = {
             **self.options, "scale": scale, "softcap": softcap, "FINISH": finish, "GRADIENT": grad is not None,
-            "CARRY": carry, "BY_TOKEN": by_token, "HAS_TOKENS": has_tokens, "HAS_BIAS": bias is not None,
-            "HAS_SOFTCAP": softcap > 0, "NARROWED": grad is not None and grad.dtype.itemsize < x.dtype.itemsize}
+            "HAS_PARTS": self.parts is not None, "CARRY": carry, "BY_TOKEN": by_token, "HAS_TOKENS": has_tokens,
+            "HAS_BIAS": bias is not None, "HAS_SOFTCAP": softcap > 0,
+            "NARROWED": grad is not None and grad.dtype.itemsize < x.dtype.itemsize}
         held = 4 if softcap > 0 or self.options["WITH_CE"] else 2
         if teacher is None:
             slopes = torch.empty_like(self.weights) if grad is not None else given(self.slopes)
             row_launch(
                 _sparse_rows, "distill", self.count, x, *outputs, *tokens, given(bias), class_weight, self.ids,
-                self.weights, slopes, given(self.parts), *rows, x.shape[1], first_id, **common, TAIL=self.tail,
-                LOOK=look, HAS_PARTS=self.parts is not None, K=k, BLOCK_K=triton.next_power_of_2(k), held=held)
+                self.weights, slopes, *rows, x.shape[1], first_id, **common, TAIL=self.tail, LOOK=look, K=k,
+                BLOCK_K=triton.next_power_of_2(k), held=held)
         else:
             self._dense(outputs, tokens, given(bias), class_weight, rows, x, first_id, look, finish, step, common, held,
                         **teacher)

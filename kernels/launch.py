@@ -65,6 +65,11 @@ TILES = {
     "gfx942": Tiles(128, 128, 64, 2, 8)}
 POINTER_TILES = Tiles(128, 64, 64, 3, 8)    # of operands without descriptors, where others have them
 WIDE_TILES = Tiles(64, 64, 16, 2, 8)        # of float32 operands
+# of two logits at a time, a student's and a teacher's: the same, in as few registers
+PAIRS = {
+    "sm_80": Tiles(64, 64, 32, 3, 8), "sm_90": Tiles(128, 64, 64, 4, 8), "sm_100": Tiles(128, 64, 64, 4, 8),
+    "gfx942": Tiles(128, 64, 64, 2, 8)}
+POINTER_PAIRS, WIDE_PAIRS = Tiles(128, 32, 64, 3, 8), Tiles(64, 32, 32, 2, 8)
 SMALL_TILES, LARGE_TILES = Tiles(16, 64, 16, 1, 1, 2, 6), Tiles(16, 8192, 64, 1, 1, 2, 6)
 
 # Blocks are as large as leaves two programs a multiprocessor, 128 registers a thread: see bench/resources.py.
@@ -157,21 +162,25 @@ def held_rows(found: Rows, block: int, held: int, hip: bool) -> Rows:
     return Rows(block, max(found.warps, held * block // (32 * (64 if hip else 32))))
 
 
-def tiles_of(family: str, dtype: torch.dtype, by_descriptor: bool) -> Tiles:
+def tiles_of(family: str, dtype: torch.dtype, by_descriptor: bool, pairs: bool = False) -> Tiles:
+    wide, by_pointer, usual = (WIDE_PAIRS, POINTER_PAIRS, PAIRS) if pairs else (WIDE_TILES, POINTER_TILES, TILES)
     if dtype.itemsize > 2:
-        return WIDE_TILES
-    return TILES[family] if by_descriptor or family not in ("sm_90", "sm_100") else POINTER_TILES
+        return wide
+    return usual[family] if by_descriptor or family not in ("sm_90", "sm_100") else by_pointer
 
 
-def tiles(columns: int, dtype: torch.dtype, device: torch.device, by_descriptor: bool) -> Tiles:
+def tiles(
+    columns: int, dtype: torch.dtype, device: torch.device, by_descriptor: bool, pairs: bool = False,
+) -> Tiles:
+    """``pairs``: of two logits at a time."""
     if INTERPRETED:
         found = SMALL_TILES if columns <= 4 * SMALL.block else LARGE_TILES
     elif HIP:
-        found = tiles_of("gfx942", dtype, by_descriptor)
+        found = tiles_of("gfx942", dtype, by_descriptor, pairs)
     else:
         major, _ = torch.cuda.get_device_capability(device)
-        found = tiles_of(f"sm_{major}0" if major in (9, 10) else "sm_80", dtype, by_descriptor)
-    return with_tuned(found, f"tiles{8 * dtype.itemsize}", device)
+        found = tiles_of(f"sm_{major}0" if major in (9, 10) else "sm_80", dtype, by_descriptor, pairs)
+    return found if pairs else with_tuned(found, f"tiles{8 * dtype.itemsize}", device)
 
 
 def has_tensor_memory_accelerator(device: torch.device) -> bool:

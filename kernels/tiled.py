@@ -12,9 +12,8 @@ A program has a tile of rows and a *span*, tiles of columns one after the other.
 and leaves it as the ``state`` of its span. Spans are then added up in their order, like the ranks of a group. What is
 known of each row then makes the gradient: a tile is computed again, and its slope dloss/du written, for as many columns
 as there is memory for. At the ids of a target, whose logits the first look has found, a kernel of rows writes over it.
-What each op makes of a tile is in ``tiled_cross_entropy``, ``tiled_distill`` and ``tiled_logprob``.
-(Class probabilities and a teacher's logits are as many as logits: there is nothing to be gained. A teacher's hidden
-states would take a second tile in registers.)
+What each op makes of a tile is in ``tiled_cross_entropy``, ``tiled_distill``, ``tiled_dense_distill`` and
+``tiled_logprob``. (Class probabilities are as many as logits: there is nothing to be gained.)
 
 Rows of tiles are worked on in groups: the programs of a moment share operands, which they then find in the L2 cache.
 Where the chip has a tensor memory accelerator, and rows are aligned, operands come through it.
@@ -182,46 +181,77 @@ class Head:
     first_id: int
     scale: float
     softcap: float
+    beside: Head | Logits | None = None     # of which a kernel looks at the same tiles
     narrow: bool = False        # tiles
 
     def part(self, columns: slice) -> Head:
         return dataclasses.replace(
             self, weight=self.weight[columns], bias=None if self.bias is None else self.bias[columns],
-            first_id=self.first_id + columns.start)
+            first_id=self.first_id + columns.start, beside=None if self.beside is None else self.beside.part(columns))
+
+    @property
+    def columns(self) -> int:
+        return max(len(self.weight), 0 if self.beside is None else self.beside.columns)
+
+    @property
+    def heads(self) -> list[Head]:
+        return [self, self.beside] if isinstance(self.beside, Head) else [self]
 
     @property
     def by_descriptor(self) -> bool:
-        return (has_tensor_memory_accelerator(self.x.device) and self.x.dtype == self.weight.dtype
-                and _aligned(self.x) and _aligned(self.weight))
+        return has_tensor_memory_accelerator(self.x.device) and all(
+            one.x.dtype == one.weight.dtype and _aligned(one.x) and _aligned(one.weight) for one in self.heads)
 
     @property
     def tiles(self):
-        found = tiles(len(self.weight), self.x.dtype, self.x.device, self.by_descriptor)
+        widest = max((one.x.dtype for one in self.heads), key=lambda dtype: dtype.itemsize)
+        found = tiles(self.columns, widest, self.x.device, self.by_descriptor, pairs=self.beside is not None)
         return found.narrow if self.narrow else found
 
     def spans(self) -> int:
-        return spans(len(self.x), len(self.weight), self.tiles)
+        return spans(len(self.x), self.columns, self.tiles)
+
+    def operands(self, found, by_descriptor: bool) -> tuple:
+        """What a kernel is given of x, weight and bias, for tiles as ``found``."""
+        given = []
+        for tensor, length in ((self.x, found.rows), (self.weight, found.columns)):
+            block = [length, found.terms]
+            given += [TensorDescriptor.from_tensor(tensor, block) if by_descriptor else tensor, *tensor.stride()]
+        return *given, self.x if self.bias is None else self.bias
 
     def launch(self, kernel, work: int, *arguments, **options) -> None:
         """``work`` items for each tile of rows, by as many programs as fit the chip."""
-        (rows, hidden), columns, found = self.x.shape, len(self.weight), self.tiles
-        operands, blocks = (self.x, self.weight), ([found.rows, found.terms], [found.columns, found.terms])
-        by_descriptor = self.by_descriptor
-        given = [(TensorDescriptor.from_tensor(tensor, block) if by_descriptor else tensor, *tensor.stride())
-                 for tensor, block in zip(operands, blocks, strict=True)]
+        (rows, hidden), found, by_descriptor = self.x.shape, self.tiles, self.by_descriptor
         programs = min(multiprocessors(self.x.device), triton.cdiv(rows, found.rows) * work)
         kernel[(programs,)](
-            *given[0], *given[1], self.x if self.bias is None else self.bias, *arguments, rows=rows, columns=columns,
-            hidden=hidden, scale=self.scale, softcap=self.softcap, HAS_BIAS=self.bias is not None,
-            HAS_SOFTCAP=self.softcap > 0, TMA=by_descriptor, PRECISION=float32_products(),
-            BLOCK_N=found.rows, BLOCK_V=found.columns, BLOCK_D=found.terms, GROUP=found.group, num_warps=found.warps,
-            num_stages=found.stages, **options)
+            *self.operands(found, by_descriptor), *arguments, rows=rows, columns=len(self.weight), hidden=hidden,
+            scale=self.scale, softcap=self.softcap, HAS_BIAS=self.bias is not None, HAS_SOFTCAP=self.softcap > 0,
+            TMA=by_descriptor, PRECISION=float32_products(), BLOCK_N=found.rows, BLOCK_V=found.columns,
+            BLOCK_D=found.terms, GROUP=found.group, num_warps=found.warps, num_stages=found.stages, **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class Logits:
+    """Those that are there, (N, C), beside those of a head that are not."""
+
+    logits: torch.Tensor
+
+    def part(self, columns: slice) -> Logits:
+        return Logits(self.logits[:, columns])
+
+    @property
+    def columns(self) -> int:
+        return self.logits.shape[1]
+
+    def operands(self, found, by_descriptor: bool) -> tuple:
+        given = (self.logits, *self.logits.stride())
+        return *given, *given, self.logits
 
 
 def _aligned(tensor) -> bool:
     (_, length), (row, inner) = tensor.shape, tensor.stride()
     starts_aligned = all(at % ALIGNMENT == 0 for at in (tensor.data_ptr(), row * tensor.element_size()))
-    return inner == 1 and row >= length and starts_aligned
+    return tensor.numel() > 0 and inner == 1 and row >= length and starts_aligned
 
 
 def spans(rows: int, columns: int, found) -> int:

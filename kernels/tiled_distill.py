@@ -13,6 +13,60 @@ from .launch import unseen
 from .logits import store_slope
 from .tiled import Head, highest, load_places, logits, meet_targets, next_target, smoothed, targets_of, work_of
 
+# -- the cross-entropy that goes with it, at temperature 1
+
+
+@triton.jit
+def look_at_labels(
+    c, j, column, labels_ptr, row, there, at, first_id, columns, class_weight_ptr, top, total, below, weight,
+    HAS_LABELS: tl.constexpr, SMOOTH: tl.constexpr, HAS_CLASS_WEIGHT: tl.constexpr, BLOCK_V: tl.constexpr,
+):
+    """A tile's part of the statistics; the logit of a label that is there goes to the state."""
+    if HAS_LABELS:
+        y = load_places(labels_ptr, row, there, first_id, columns)
+        c_y = tl.sum(tl.where(j == y[:, None], c, 0.0), 1)
+        tl.store(at + ds.LABEL, c_y, mask=(y >= column) & (y < column + BLOCK_V))
+    top, rise, shift = highest(top, c)
+    if SMOOTH:
+        below, weight = smoothed(below, weight, c, top, rise, class_weight_ptr, j, columns, HAS_CLASS_WEIGHT)
+    return top, total * tl.exp(-rise) + tl.sum(tl.exp(c - shift[:, None]), 1), below, weight
+
+
+@triton.jit
+def store_labels(at, there, top, total, below, weight, SMOOTH: tl.constexpr):
+    tl.store(at + ds.CE_TOP, top, mask=there)
+    tl.store(at + ds.CE_TOTAL, total, mask=there)
+    if SMOOTH:
+        tl.store(at + ds.BELOW, below, mask=there)
+        tl.store(at + ds.WEIGHT, weight, mask=there)
+
+
+@triton.jit
+def label_slope(
+    c, at, mask, class_weight_ptr, offsets, parts, there, SMOOTH: tl.constexpr, HAS_CLASS_WEIGHT: tl.constexpr,
+):
+    """The cross-entropy's part of the slope, of rows that are ``there``."""
+    each = tl.load(parts + ds.CE_EACH, mask=there, other=0.0) if SMOOTH else 0.0
+    return ds.label_slope(
+        c, at, mask, class_weight_ptr, offsets, tl.load(parts + ds.CE_SHIFT, mask=there, other=0.0),
+        tl.load(parts + ds.CE_ON_E, mask=there, other=0.0), tl.load(parts + ds.CE_SHARP, mask=there, other=0.0), each,
+        SMOOTH, HAS_CLASS_WEIGHT)
+
+
+@triton.jit
+def tile_label_slope(
+    c, j, labels_ptr, row, there, first_id, columns, class_weight_ptr, parts, HAS_LABELS: tl.constexpr,
+    SMOOTH: tl.constexpr, HAS_CLASS_WEIGHT: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    y = tl.full([BLOCK_N], -1, tl.int32)
+    if HAS_LABELS:
+        y = load_places(labels_ptr, row, there, first_id, columns)
+    return label_slope(c, j == y[:, None], j < columns, class_weight_ptr, j, parts, there[:, None], SMOOTH,
+                       HAS_CLASS_WEIGHT)
+
+
+# -- the kernels
+
 
 @triton.jit
 def _look(
@@ -41,16 +95,10 @@ def _look(
             j, c = logits(
                 x_ptr, x_stride, x_inner, w_ptr, w_stride, w_inner, bias_ptr, row_tile, block, rows, columns, hidden,
                 scale, softcap, HAS_BIAS, HAS_SOFTCAP, TMA, PRECISION, BLOCK_N, BLOCK_V, BLOCK_D)
-            if WITH_CE:         # at temperature 1
-                if HAS_LABELS:
-                    y = load_places(labels_ptr, row, there, first_id, columns)
-                    c_y = tl.sum(tl.where(j == y[:, None], c, 0.0), 1)
-                    tl.store(at + ds.LABEL, c_y, mask=(y >= column) & (y < column + BLOCK_V))
-                ce_top, rise, shift = highest(ce_top, c)
-                if SMOOTH:
-                    below, weight = smoothed(
-                        below, weight, c, ce_top, rise, class_weight_ptr, j, columns, HAS_CLASS_WEIGHT)
-                ce_total = ce_total * tl.exp(-rise) + tl.sum(tl.exp(c - shift[:, None]), 1)
+            if WITH_CE:
+                ce_top, ce_total, below, weight = look_at_labels(
+                    c, j, column, labels_ptr, row, there, at, first_id, columns, class_weight_ptr, ce_top, ce_total,
+                    below, weight, HAS_LABELS, SMOOTH, HAS_CLASS_WEIGHT, BLOCK_V)
             z, next_k, next_place = meet_targets(
                 c * inverse_temperature, j, column + BLOCK_V, ids_ptr, z_ptr, row, next_k, next_place, first_id,
                 columns, not SUPPORT, K)
@@ -62,23 +110,7 @@ def _look(
             tl.store(at + ds.TOP, top, mask=there)
             tl.store(at + ds.TOTAL, total, mask=there)
         if WITH_CE:
-            tl.store(at + ds.CE_TOP, ce_top, mask=there)
-            tl.store(at + ds.CE_TOTAL, ce_total, mask=there)
-            if SMOOTH:
-                tl.store(at + ds.BELOW, below, mask=there)
-                tl.store(at + ds.WEIGHT, weight, mask=there)
-
-
-@triton.jit
-def _label_slope(
-    c, at, mask, class_weight_ptr, offsets, parts, there, SMOOTH: tl.constexpr, HAS_CLASS_WEIGHT: tl.constexpr,
-):
-    """The cross-entropy's part of the slope, of rows that are ``there``."""
-    each = tl.load(parts + ds.CE_EACH, mask=there, other=0.0) if SMOOTH else 0.0
-    return ds.label_slope(
-        c, at, mask, class_weight_ptr, offsets, tl.load(parts + ds.CE_SHIFT, mask=there, other=0.0),
-        tl.load(parts + ds.CE_ON_E, mask=there, other=0.0), tl.load(parts + ds.CE_SHARP, mask=there, other=0.0), each,
-        SMOOTH, HAS_CLASS_WEIGHT)
+            store_labels(at, there, ce_top, ce_total, below, weight, SMOOTH)
 
 
 @triton.jit
@@ -104,11 +136,8 @@ def _slope(
             shift = tl.load(parts + ds.SHIFT, mask=there[:, None], other=0.0)
             g += tl.load(parts + ds.ON_TAIL, mask=there[:, None], other=0.0) * tl.exp(c * inverse_temperature - shift)
         if WITH_CE:
-            y = tl.full([BLOCK_N], -1, tl.int32)
-            if HAS_LABELS:
-                y = load_places(labels_ptr, row, there, first_id, columns)
-            g += _label_slope(c, j == y[:, None], j < columns, class_weight_ptr, j, parts, there[:, None], SMOOTH,
-                              HAS_CLASS_WEIGHT)
+            g += tile_label_slope(c, j, labels_ptr, row, there, first_id, columns, class_weight_ptr, parts, HAS_LABELS,
+                                  SMOOTH, HAS_CLASS_WEIGHT, BLOCK_N)
         store_slope(grad_ptr, row[:, None] * grad_stride + j, g * scale, c, softcap, there[:, None] & (j < columns),
                     HAS_SOFTCAP, False)
 
@@ -132,7 +161,7 @@ def _targets(
     g = tl.load(parts + ds.SLOPE) * tl.load(slopes_ptr + target, mask=inside, other=0.0)
     if WITH_CE:
         y = tl.load(labels_ptr + row) if HAS_LABELS else tl.full([], -1, tl.int64)
-        g += _label_slope(c, ids == y, inside, class_weight_ptr, place, parts, inside, SMOOTH, HAS_CLASS_WEIGHT)
+        g += label_slope(c, ids == y, inside, class_weight_ptr, place, parts, inside, SMOOTH, HAS_CLASS_WEIGHT)
     store_slope(grad_ptr, row * grad_stride + place, g * scale, c, softcap, inside, HAS_SOFTCAP, False)
 
 
@@ -153,7 +182,7 @@ def look(rows: ds.DistillRows, head: Head):
     head.launch(
         _look, len(state), head.x if rows.class_weight is None else rows.class_weight, rows.ids, z,
         head.x if rows.labels is None else rows.labels, state, spans=len(state), first_id=head.first_id,
-        SUPPORT=rows.tail == ds.SUPPORT.value, **_of_distillation(rows), K=k)
+        SUPPORT=rows.tail == ds.SUPPORT.value, **options_of(rows), K=k)
     return state, z
 
 
@@ -161,7 +190,7 @@ def slope(rows: ds.DistillRows, head: Head, columns: slice, grad) -> None:
     """dloss/du of these columns into ``grad`` (R, C), once ``rows.parts`` and ``rows.slopes`` are known."""
     part, (count, k) = _narrow_where_needed(head.part(columns), rows), rows.ids.shape
     class_weight = head.x if rows.class_weight is None else rows.class_weight[columns]
-    options = _of_distillation(rows)
+    options = options_of(rows)
     labels = head.x if rows.labels is None else rows.labels
     part.launch(_slope, triton.cdiv(len(part.weight), part.tiles.columns), class_weight, labels, rows.parts,
                 grad, grad.stride(0), first_id=part.first_id, SUPPORT=rows.tail == ds.SUPPORT.value, **options)
@@ -176,6 +205,6 @@ def _narrow_where_needed(head: Head, rows: ds.DistillRows) -> Head:
     return dataclasses.replace(head, narrow=rows.options["WITH_CE"] or head.x.dtype.itemsize > 2)
 
 
-def _of_distillation(rows: ds.DistillRows) -> dict:
+def options_of(rows: ds.DistillRows) -> dict:
     return {name: rows.options[name]
             for name in ("inverse_temperature", "WITH_CE", "HAS_LABELS", "SMOOTH", "HAS_CLASS_WEIGHT")}

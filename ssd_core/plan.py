@@ -69,6 +69,7 @@ class Demand:
     softcap: bool = False
     smoothing: bool = False
     dense: bool = False         # class probabilities, or a teacher's
+    looks: int = 1              # of the tiled route before the gradient; 0: there is none
     ranks: int = 1              # that share the vocabulary
     summed: int = 0             # tokens, counting or not, whose d_input is added up over them
     held: Callable[[int, int], int] | None = None   # bytes of so many rows and columns, if the backend counts them
@@ -90,11 +91,13 @@ class Demand:
         """Bytes of one row of a chunk."""
         itemsize = self.dtype.itemsize
         # gathered or cast hidden states, their gradient, and a partial product of it
-        vectors = 1 + (1 if self.gathered or self.cast else 0) + (1 if itemsize > 2 else 2 if tile < self.vocab else 0)
+        copied = self.gathered or self.cast
+        vectors = 1 + copied + (1 if itemsize > 2 else 2 if tile < self.vocab else 0)
         filtered = 0
         if self.filtered:
             filtered = self.vocab // TILE * 40 + 3 * TILE * itemsize + (1 + self.partial) * self.hidden * 4
-        return tile * self.logit_bytes() + self.support * 20 + vectors * self.hidden * itemsize + filtered
+        hidden = vectors * self.hidden + copied * self.teacher_hidden
+        return tile * self.logit_bytes() + self.support * 20 + hidden * itemsize + filtered
 
     def logit_bytes(self) -> int:
         return (wide_dtype(self.dtype) if self.wide_logits else self.dtype).itemsize * self.logits
@@ -189,20 +192,20 @@ def _least_of_tiles(demand: Demand, workspace_bytes: int) -> int:
 
 def _bytes_of_tiles(demand: Demand, workspace_bytes: int, rows: int, tile: int) -> int:
     _, product = _product_columns(demand, workspace_bytes)
-    lean = dataclasses.replace(demand, wide_logits=False)
+    lean = dataclasses.replace(demand, wide_logits=False, logits=1)
     return lean.fixed() + product + demand.tiled(rows) + rows * lean.row(tile if demand.scaled else 0)
 
 
 def _route_cost(demand: Demand, plan: ChunkPlan) -> float:
-    """What differs between two routes, in products: how often logits are computed and what that moves, and d_weight
-    added up over chunks."""
+    """What differs between two routes, in products: how often logits are computed and what that moves, a teacher's like
+    the student's, and d_weight added up over chunks."""
     itemsize = demand.dtype.itemsize
     balance = BALANCE[itemsize][demand.device.type != "cpu"]
     if plan.route == "tiled":
-        logits = TILED[itemsize] * (1 + demand.scaled)
+        logits = demand.logits * TILED[itemsize] * (demand.looks + demand.scaled)
     else:
         again = demand.passes if plan.tile < demand.vocab and demand.scaled else 0
-        logits = (1 + again) * (1 + CHUNKED_LOGIT[itemsize] * balance / (2 * demand.hidden))
+        logits = demand.logits * (1 + again) * (1 + CHUNKED_LOGIT[itemsize] * balance / (2 * demand.hidden))
     added_up = demand.scaled and demand.d_weight and plan.rows < demand.tokens
     return logits + (4 * balance / plan.rows if added_up else 0)
 

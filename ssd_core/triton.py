@@ -1,10 +1,9 @@
 """Backend "triton": the interfaces of ``ssd_core.chunked``, served by the Triton kernels.
 
-A head has two routes, of which ``ssd_core.plan`` chooses (only the first, where a target or a teacher has a number for
-every id, and for the gradient filter). *Chunked*: the library's product makes a chunk of logits in
-float32, kernels of rows put the gradient in their place. *Tiled*: ``kernels.tiled`` computes logits where it looks at
-them, and again where it makes the gradient, which alone is in memory. Either gradient goes through the library's
-products, in the loop of ``chunked.head``.
+A head has two routes, of which ``ssd_core.plan`` chooses (only the first, for class probabilities and the gradient
+filter). *Chunked*: the library's product makes a chunk of logits in float32, kernels of rows put the gradient in their
+place. *Tiled*: ``kernels.tiled`` computes logits where it looks at them, and again where it makes the gradient, which
+alone is in memory. Either gradient goes through the library's products, in the loop of ``chunked.head``.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ def linear_bytes(demand) -> dict:
     if demand.filtered:
         partial = groups_of(-(-demand.vocab // filters.TILE), demand.hidden, demand.dtype)
         return {"buffers": 3, "wide_logits": True, "cast": True, "partial": partial}
-    return {"buffers": 0, "wide_logits": True, "tiled": None if demand.dense else held}
+    return {"buffers": 0, "wide_logits": True, "tiled": held if demand.looks else None}
 
 
 class KernelPass:
@@ -91,12 +90,12 @@ class KernelPass:
 
 
 class TiledPass(KernelPass):
-    """A row pass of kernels that make the outputs they look at: ``look_at(rows, tiles)`` leaves ``rows.state``, and
-    ``write_slope(rows, tiles, columns, grad)`` the gradient of some columns."""
+    """A row pass of kernels that make the outputs they look at: ``look_at(rows, tiles, step)`` leaves ``rows.state``,
+    and ``write_slope(rows, tiles, columns, grad)`` the gradient of some columns. A dense teacher is ``beside``."""
 
-    def __init__(self, rows, reduce, look_at, write_slope):
+    def __init__(self, rows, reduce, look_at, write_slope, beside=None):
         super().__init__(rows, reduce)
-        self.look_at, self.write_slope = look_at, write_slope
+        self.look_at, self.write_slope, self.beside = look_at, write_slope, beside
 
 
 class Tiles(heads.Chunk):
@@ -110,7 +109,8 @@ class Tiles(heads.Chunk):
     def tiles(self):
         from ssd_core.kernels.tiled import Head
 
-        return Head(self.x, self.head.weight, self.head.bias, self.vocab_start, self.head.scale, self.head.softcap)
+        return Head(self.x, self.head.weight, self.head.bias, self.vocab_start, self.head.scale, self.head.softcap,
+                    self.row_pass.beside)
 
     def whole(self, tile, scaled):
         self.statistics([tile], None)
@@ -118,13 +118,17 @@ class Tiles(heads.Chunk):
         return self.gradient(tile) if scaled else None
 
     def statistics(self, tiles, group):
-        self.row_pass.look_at(self.row_pass.rows, self.tiles)
-        if group is not None:
-            self.row_pass.reduce(group, 0)
+        for step in range(self.row_pass.passes):
+            self.row_pass.look_at(self.row_pass.rows, self.tiles, step)
+            if group is not None:
+                self.row_pass.reduce(group, step)
 
     def gradient(self, tile, scaled=True, grad_filter=None):
+        """Of the student's columns: there may be others, which only a teacher has."""
+        tile = slice(tile.start, max(tile.start, min(tile.stop, len(self.head.weight))))
         grad = self.buffer[: len(self.x), : tile.stop - tile.start]
-        self.row_pass.write_slope(self.row_pass.rows, self.tiles, tile, grad)
+        if grad.shape[1]:
+            self.row_pass.write_slope(self.row_pass.rows, self.tiles, tile, grad)
         return grad
 
 
@@ -292,7 +296,7 @@ def _cross_entropy_sums(state, over):
     return torch.stack((most, total, highest, *sums), -1)
 
 
-def _look_cross_entropy(rows, tiles) -> None:
+def _look_cross_entropy(rows, tiles, step) -> None:
     from ssd_core.kernels.tiled_cross_entropy import look
 
     state, targets = look(rows, tiles)
@@ -344,7 +348,7 @@ def _reduce_logprob(rows, over, step) -> None:
     rows.state = torch.stack((most, *sums, _owned(z_y, over), -lowest), -1)
 
 
-def _look_logprob(rows, tiles) -> None:
+def _look_logprob(rows, tiles, step) -> None:
     from ssd_core.kernels.tiled_logprob import look
 
     rows.state = look(rows, tiles)
@@ -381,6 +385,26 @@ class TaughtPass(KernelPass):
         return u
 
 
+class TaughtTiles(TiledPass):
+    """The same by tiles: of the teacher's logits (N, V'), or of a head of the same rows."""
+
+    def __init__(self, rows, teacher):
+        from ssd_core.kernels.tiled_dense_distill import slope
+
+        super().__init__(rows, _reduce_dense_distill, _look_dense_distill, slope, teacher)
+        self.passes = rows.looks
+
+    def finish(self):
+        from ssd_core.kernels.tiled_dense_distill import finish_divergence
+
+        finish_divergence(self.rows)
+        super().finish()
+
+    def given(self, tile):
+        return {"teacher": {"t": self.rows.state[:, :0], "t_bias": None, "t_scale": 1.0, "t_softcap": 0.0,
+                            "t_by_token": False}}
+
+
 def _distill_rows(ids, probs, labels, class_weight, label_weight, device, **options):
     """(index, count, row_scale) -> the rows of these tokens."""
     from ssd_core.kernels.distill import DistillRows
@@ -402,10 +426,10 @@ def linear_distill(
     rows, *, class_weight, label_weight, row_scale, needs, chunks, keep_float32, dtype, logit_scale, softcap,
     teacher_logit_scale, teacher_softcap, vocab, vocab_start, group, **options,
 ):
-    from ssd_core.kernels.tiled_distill import slope
+    from ssd_core.kernels import tiled, tiled_distill
 
     make = _distill_rows(ids, probs, labels, class_weight, label_weight, input.device, vocab=vocab, **options)
-    tiled = chunks.route == "tiled"
+    by_tiles = chunks.route == "tiled"
     teacher_head = buffer = None
     extent = 0 if teacher_logits is None else teacher_logits.shape[1]
     if teacher_logits is not None and teacher_logits.stride(1) != 1:
@@ -414,21 +438,24 @@ def linear_distill(
         teacher_head = _head(teacher_input, teacher_weight, teacher_bias, teacher_logit_scale, teacher_softcap,
                              teacher_input.dtype, chunks)
         extent = len(teacher_weight)
-        buffer = teacher_input.new_empty(
+        buffer = None if by_tiles else teacher_input.new_empty(
             min(chunks.rows, len(input)), min(chunks.tile, extent), dtype=teacher_head.output_dtype)
 
     def make_pass(index, part):
         found = make(index, part.stop - part.start, _taken(row_scale, part))
-        if tiled:
-            return TiledPass(found, _reduce_sparse_distill, _look_distill, slope)
         if ids is not None:
-            return KernelPass(found, _reduce_sparse_distill)
+            return KernelPass(found, _reduce_sparse_distill) if not by_tiles else TiledPass(
+                found, _reduce_sparse_distill, _look_sparse_distill, tiled_distill.slope)
+        if by_tiles:
+            return TaughtTiles(found, tiled.Logits(teacher_logits) if teacher_head is None else tiled.Head(
+                teacher_head.input[index].to(teacher_head.dtype), teacher_head.weight, teacher_head.bias, 0,
+                teacher_head.scale, teacher_head.softcap))
         return TaughtPass(found, teacher_logits, teacher_head, index, teacher_logit_scale, teacher_softcap, buffer)
 
     results, *grads = heads.run(
         _head(input, linear_weight, linear_bias, logit_scale, softcap, dtype, chunks), make_pass, rows,
         scaled=row_scale is not None, needs=needs, chunks=chunks, keep_float32=keep_float32, group=group,
-        vocab_start=vocab_start, extent=extent, kind=Tiles if tiled else heads.Chunk)
+        vocab_start=vocab_start, extent=extent, kind=Tiles if by_tiles else heads.Chunk)
     return *results, *grads
 
 
@@ -449,13 +476,24 @@ def distill(
     return *found.results, grad
 
 
-def _look_distill(rows, tiles) -> None:
+def _look_sparse_distill(rows, tiles, step) -> None:
     from ssd_core.kernels.tiled_distill import look
 
     state, targets = look(rows, tiles)
     merged = state[0].clone()
     _reduce_student(merged, state, _over_spans)
     rows.state = torch.cat((merged, targets), -1)
+
+
+def _look_dense_distill(rows, tiles, step) -> None:
+    from ssd_core.kernels.tiled_dense_distill import look, terms
+
+    if step == 0:
+        spans = look(rows, tiles)
+        rows.state = spans[0].clone()
+        _reduce_dense(rows.state, spans, _over_spans, rows.forward)
+    else:
+        rows.state[:, 9:11] = terms(rows, tiles).sum(0)
 
 
 def _reduce_sparse_distill(rows, over, step) -> None:
@@ -468,11 +506,19 @@ def _reduce_sparse_distill(rows, over, step) -> None:
 def _reduce_dense_distill(rows, over, step) -> None:
     state = rows.state.clone()
     if step == 0:
-        _reduce_student(state, rows.state, over)
-        state[:, 7], state[:, 8] = _reduced_sums(rows.state[:, 7], rows.state[:, 8], over)
+        _reduce_dense(state, rows.state, over, rows.forward)
     else:
         state[:, 9:11] = over(rows.state[:, 9:11], "sum")
     rows.state = state
+
+
+def _reduce_dense(state, mine, over, forward) -> None:
+    """Of both sides; and what tiles have summed of a KL, relative to the maximum of the side that weighs it."""
+    _reduce_student(state, mine, over)
+    state[:, 7], state[:, 8] = _reduced_sums(mine[..., 7], mine[..., 8], over)
+    top = mine[..., 7 if forward else 0]
+    fall = torch.exp(top - _largest(top, over)[1])
+    state[:, 9] = over((mine[..., 9] * fall).masked_fill(fall == 0, 0), "sum")      # it may be infinite
 
 
 def _reduce_student(state, mine, over) -> None:

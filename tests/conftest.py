@@ -9,6 +9,10 @@ import pytest
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, os.path.dirname(__file__))   # tests share tolerances.py
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from interpreter import patch_once
+
+    patch_once()
 # A shell starts background jobs with Ctrl-C ignored, and processes hand that on: tests that interrupt one need it back.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

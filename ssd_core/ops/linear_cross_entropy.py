@@ -79,7 +79,8 @@ def _linear_cross_entropy(
         gathered=rows is not None, cast=tokens.packed(linear_weight, dtype), d_weight=needs[1],
         scaled=row_scale is not None and any(needs),
         ranks=groups.size(group), summed=len(input) if process_group else 0,
-        softcap=numbers.softcap > 0, smoothing=numbers.label_smoothing > 0, dense=dense is not None,
+        softcap=numbers.softcap > 0, smoothing=numbers.label_smoothing > 0,
+        dense=dense is not None, looks=int(dense is None),
         wide_input=input.dtype.itemsize == 2 and bool(process_group or any(filters)), filtered=len(set(filters) - {0}),
         buffers=6 + (bucket or dense is not None) + (numbers.temperature != 1))
     demand = serving.counted(demand)

@@ -83,8 +83,9 @@ def _linear_distill(
         dtype, input.device, gathered=rows is not None, cast=tokens.packed(linear_weight, dtype),
         logits=1 if teacher_input is None else 2, passes=2 if ids is None else 1,
         teacher_hidden=0 if teacher_input is None else teacher_input.shape[1],
-        dense=ids is None, ranks=groups.size(group), summed=len(input) if process_group else 0,
-        d_weight=needs[1], wide_input=input.dtype.itemsize == 2 and bool(process_group),
+        dense=ids is None, looks=2 if ids is None and divergence == "jsd" and 0 < numbers.beta < 1 else 1,
+        ranks=groups.size(group), summed=len(input) if process_group else 0, d_weight=needs[1],
+        wide_input=input.dtype.itemsize == 2 and bool(process_group),
         buffers=10 if ids is not None else (
             11 + (numbers.temperature != 1) + (numbers.softcap + numbers.teacher_softcap > 0)))
     demand = serving.counted(demand)

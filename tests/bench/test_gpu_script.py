@@ -56,9 +56,9 @@ def test_every_part_once(script):
     code, calls = script()
     assert code == 0, script.output
     names = parts(script)
-    assert len(names) == 15 and names[0] == "01-build.json" and names[4] == "05-cross-entropy-llama-3-8b.json"
+    assert len(names) == 16 and names[0] == "01-build.json" and names[4] == "05-cross-entropy-llama-3-8b.json"
     assert calls[:2] == ["setup", "peers"] and "run tune --device cuda" in calls[4]
-    assert sum("bench.run run" in call for call in calls) == 9 and sum("-m pytest" in call for call in calls) == 2
+    assert sum("bench.run run" in call for call in calls) == 9 and sum("-m pytest" in call for call in calls) == 3
     assert all("--devices cuda --dtypes bfloat16" in call for call in calls if "bench.run run" in call)
     assert "table.md, plots/index.html, verdict.json" in script.output
     code, calls = script()                                      # nothing but table, plots and verdict is done again
@@ -69,9 +69,9 @@ def test_every_part_once(script):
 
 def test_a_part_that_failed_is_done_again(script):
     code, _ = script(fail="--cases qwen2.5-7b")
-    assert code == 1 and "06-cross-entropy-qwen2.5-7b.json" not in parts(script) and len(parts(script)) == 14
+    assert code == 1 and "06-cross-entropy-qwen2.5-7b.json" not in parts(script) and len(parts(script)) == 15
     code, calls = script()
-    assert code == 0 and len(parts(script)) == 15
+    assert code == 0 and len(parts(script)) == 16
     assert [call for call in calls if "bench.run run" in call] == [c for c in calls if "--cases qwen2.5-7b" in c][:1]
 
 
@@ -93,7 +93,7 @@ def test_dry_run(script):
     code, calls = script("--dry-run")
     lines = script.output.splitlines()
     assert code == 0 and calls == [] and not script.out.exists()
-    assert [int(line[:2]) for line in lines] == list(range(1, 16))
+    assert [int(line[:2]) for line in lines] == list(range(1, 17))
     assert lines[12].startswith("13-sample: ssd_core.bench.run run --ops sample --cases qwen3-0.6b --batch 256")
     script("--dry-run", "--part", "9")
     assert script.output.startswith("09-filter: ") and script.output.count("\n") == 1
@@ -117,7 +117,7 @@ def test_wrong_use(script):
 @pytest.mark.all
 def test_quick_on_the_cpu(tmp_path):
     """Really: tiny shapes from the check to the verdict. Set-up is left to `make`, tests to pytest."""
-    for name in ("01-build", "03-tests", "15-more-tests"):
+    for name in ("01-build", "03-tests", "15-tiled-tests", "16-more-tests"):
         (tmp_path / f"{name}.json").write_text("{}")
     done = subprocess.run(
         ["bash", ROOT / "bench/gpu.sh", "--device", "cpu", "--quick", "--out", tmp_path], capture_output=True,

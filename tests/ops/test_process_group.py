@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 import torch
@@ -407,4 +408,6 @@ def test_a_refusal_is_everyones(ranks, backend):
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    importlib.import_module("conftest")         # as pytest does
     worker(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
