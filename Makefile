@@ -20,14 +20,15 @@ test: export OMP_WAIT_POLICY ?= PASSIVE
 test: setup
 	$(RUN) pytest -m "not all" -n 2
 
-# every instruction set, sanitizers, other compilers, packaging in environments of its own, killed and resumed runs
+# every instruction set, Triton's interpreter and its compiler for every target, sanitizers, other compilers, packaging in
+# environments of its own, killed and resumed runs
 test-all: setup
 	$(RUN) pip install --quiet ziglang
-	$(RUN) pytest -m "all and not interpreted"
+	$(RUN) pytest -m all
 
-# all that the other backends are asked, of backend "triton" by both routes in Triton's interpreter: an hour
+# the part of it that asks of backend "triton" what the others are asked, by both routes, and compiles its kernels
 test-triton: setup
-	$(RUN) pytest -m interpreted
+	$(RUN) pytest -m all tests/test_triton.py
 
 # the part of it that AddressSanitizer and UndefinedBehaviorSanitizer watch, in build/sanitizers
 test-asan: setup

@@ -218,6 +218,7 @@ class Resources:
     products: int           # instructions that multiply matrices
     own_products: int       # and those of the matrix units that this chip brought
     copies: int             # instructions of the tensor memory accelerator
+    ahead: int              # copies into shared memory that a program does not wait for at once
 
 
 def compiled(variant: Variant, target: str) -> Resources:
@@ -265,8 +266,9 @@ def compiled(variant: Variant, target: str) -> Resources:
     own_products = len(re.findall(PRODUCTS[target], text))
     products = len(re.findall("|".join(set(PRODUCTS.values())), text))
     copies = text.count("cp.async.bulk.tensor")
+    ahead = copies + len(re.findall(r"cp\.async\.c[ag]", text))
     return Resources(**common, registers=registers, spills=spills, load_bits=widest, products=products,
-                     own_products=own_products, copies=copies)
+                     own_products=own_products, copies=copies, ahead=ahead)
 
 
 def _launch(variant: Variant, target: str):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import functools
+import itertools
 import math
 import os
 from collections.abc import Callable
@@ -63,7 +65,6 @@ class Demand:
     wide_input: bool = False    # d_input, of 16 bits, is added up in float32
     filtered: int = 0           # different bounds of the gradient filter, which needs all columns
     partial: int = 0            # sums of d_input that it adds up apart
-    scaled: bool = True         # there are gradients
     d_weight: bool = True       # a gradient of the weight is added up
     teacher_hidden: int = 0     # length of a teacher's hidden states
     softcap: bool = False
@@ -126,87 +127,83 @@ def plan_chunks(demand: Demand, workspace_bytes: int | None) -> ChunkPlan:
     if named == "tiled":
         return _plan_tiles(demand, workspace_bytes)
     chunks = _plan_chunks(demand, workspace_bytes)      # which need less at the least
-    if named == "chunked" or _least_of_tiles(demand, workspace_bytes) > workspace_bytes:
+    if named == "chunked" or _least_of_tiles(demand) > workspace_bytes:
         return chunks
     return min(chunks, _plan_tiles(demand, workspace_bytes), key=lambda plan: _route_cost(demand, plan))
 
 
 def _plan_chunks(demand: Demand, workspace_bytes: int) -> ChunkPlan:
     vocab, tokens = demand.vocab, demand.tokens
-    columns, product = _product_columns(demand, workspace_bytes)
-    free = workspace_bytes - demand.fixed() - product
-
-    whole = min(tokens, (free - demand.row_pass(vocab)) // demand.row(vocab))
-    if tokens <= max(whole, 0) or (demand.filtered and whole >= 1):
-        return ChunkPlan(max(whole, 1), columns, vocab)
-    taken = workspace_bytes - free
-    least = taken + demand.row_pass(vocab) + demand.row(vocab)
-    filtered = f"at least {least} for the gradient filter, which looks at whole rows of {vocab} logits"
-    expect(not demand.filtered, "workspace_bytes", filtered, workspace_bytes)
-
-    rows, tile = _square(demand, free)
-    narrowest = min(vocab, NARROWEST)
-    least = taken + demand.row_pass(narrowest) + demand.row(narrowest)
-    expect(rows >= 1, "workspace_bytes", f"at least {least} for {narrowest} logits", workspace_bytes)
-    if whole >= 1 and _cost(demand, whole, 0) <= _cost(demand, rows, demand.passes):
-        return ChunkPlan(whole, columns, vocab)
-    return ChunkPlan(rows, columns, tile)
+    for columns, product in _product_columns(demand, workspace_bytes):
+        free = workspace_bytes - demand.fixed() - product
+        whole = min(tokens, (free - demand.row_pass(vocab)) // demand.row(vocab))
+        if tokens <= max(whole, 0) or (demand.filtered and whole >= 1):
+            return ChunkPlan(max(whole, 1), columns, vocab)
+        rows, tile = (0, 0) if demand.filtered else _square(demand, free)
+        if rows >= 1:
+            few = whole < 1 or _cost(demand, whole, 0) > _cost(demand, rows, demand.passes)
+            return ChunkPlan(rows, columns, tile) if few else ChunkPlan(whole, columns, vocab)
+    narrowest = vocab if demand.filtered else min(vocab, NARROWEST)
+    what = f"the gradient filter, which looks at whole rows of {vocab} logits" if demand.filtered else (
+        f"{narrowest} logits")
+    least = workspace_bytes - free + demand.row_pass(narrowest) + demand.row(narrowest)
+    raise ValueError(f"workspace_bytes: expected at least {least} for {what}, got {workspace_bytes}")
 
 
-def _product_columns(demand: Demand, workspace_bytes: int) -> tuple[int, int]:
-    """Of a product at a time, or of a weight that is cast, and their bytes."""
+def _product_columns(demand: Demand, workspace_bytes: int) -> list[tuple[int, int]]:
+    """Of a product at a time, or of a weight that is cast, and their bytes: the most that there should be, or, if
+    nothing else fits, a thin slice of the vocabulary."""
     itemsize = demand.dtype.itemsize
     if itemsize > 2 and not demand.cast:
-        return demand.vocab, 0
-    # one eighth of the budget, or at least a thin slice of the vocabulary
-    thin = max(64, workspace_bytes // 8 // (demand.hidden * max(itemsize, 4 if demand.cast else 0)))
-    columns = min(demand.vocab, thin)
-    return columns, columns * demand.hidden * (itemsize + (4 if demand.cast else 0))
+        return [(demand.vocab, 0)]
+    eighth = workspace_bytes // 8 // (demand.hidden * max(itemsize, 4 if demand.cast else 0))
+    return [(columns, columns * demand.hidden * (itemsize + (4 if demand.cast else 0)))
+            for columns in (min(demand.vocab, max(64, eighth)), min(demand.vocab, 64))]
 
 
 def _plan_tiles(demand: Demand, workspace_bytes: int) -> ChunkPlan:
     """The tiled route: all tokens and as many columns of their gradient as fit, or as many tokens as leave room for
     ``SPAN`` of them."""
-    narrowest, least = min(demand.vocab, NARROWEST), _least_of_tiles(demand, workspace_bytes)
-    expect(least <= workspace_bytes, "workspace_bytes", f"at least {least} for {narrowest} logits", workspace_bytes)
+    narrowest = min(demand.vocab, NARROWEST)
 
     def fit(most, bytes_of):
         return _fit(most, workspace_bytes, bytes_of)
 
-    for span in (min(demand.vocab, SPAN), narrowest):
-        rows = fit(max(1, demand.tokens), lambda r, span=span: _bytes_of_tiles(demand, workspace_bytes, r, span))
+    least = _least_of_tiles(demand)
+    expect(least <= workspace_bytes, "workspace_bytes", f"at least {least} for {narrowest} logits", workspace_bytes)
+    for (columns, product), span in itertools.product(
+            _product_columns(demand, workspace_bytes), (min(demand.vocab, SPAN), narrowest)):
+        rows = fit(max(1, demand.tokens), functools.partial(_bytes_of_tiles, demand, product, tile=span))
         if rows:
             break
     tile = demand.vocab         # whose gradients need no sum
-    if _bytes_of_tiles(demand, workspace_bytes, rows, tile) > workspace_bytes:
-        tile = fit(tile - 1, lambda t: _bytes_of_tiles(demand, workspace_bytes, rows, t))
+    if _bytes_of_tiles(demand, product, rows, tile) > workspace_bytes:
+        tile = fit(tile - 1, functools.partial(_bytes_of_tiles, demand, product, rows))
         tile -= tile % SPAN if tile > SPAN else 0
-    return ChunkPlan(rows, _product_columns(demand, workspace_bytes)[0], tile, route="tiled")
+    return ChunkPlan(rows, columns, tile, route="tiled")
 
 
-def _least_of_tiles(demand: Demand, workspace_bytes: int) -> int:
-    """Also for gradients that a later call will want."""
-    return _bytes_of_tiles(
-        dataclasses.replace(demand, scaled=True), workspace_bytes, 1, min(demand.vocab, NARROWEST))
+def _least_of_tiles(demand: Demand) -> int:
+    _, product = _product_columns(demand, 0)[-1]
+    return _bytes_of_tiles(demand, product, 1, min(demand.vocab, NARROWEST))
 
 
-def _bytes_of_tiles(demand: Demand, workspace_bytes: int, rows: int, tile: int) -> int:
-    _, product = _product_columns(demand, workspace_bytes)
+def _bytes_of_tiles(demand: Demand, product: int, rows: int, tile: int) -> int:
     lean = dataclasses.replace(demand, wide_logits=False, logits=1)
-    return lean.fixed() + product + demand.tiled(rows) + rows * lean.row(tile if demand.scaled else 0)
+    return lean.fixed() + product + demand.tiled(rows) + rows * lean.row(tile)
 
 
 def _route_cost(demand: Demand, plan: ChunkPlan) -> float:
     """What differs between two routes, in products: how often logits are computed and what that moves, a teacher's like
-    the student's, and d_weight added up over chunks."""
+    the student's, and d_weight added up over chunks. Of a call without gradients it is the same, and so are results."""
     itemsize = demand.dtype.itemsize
     balance = BALANCE[itemsize][demand.device.type != "cpu"]
     if plan.route == "tiled":
-        logits = demand.logits * TILED[itemsize] * (demand.looks + demand.scaled)
+        logits = demand.logits * TILED[itemsize] * (demand.looks + 1)
     else:
-        again = demand.passes if plan.tile < demand.vocab and demand.scaled else 0
+        again = demand.passes if plan.tile < demand.vocab else 0
         logits = demand.logits * (1 + again) * (1 + CHUNKED_LOGIT[itemsize] * balance / (2 * demand.hidden))
-    added_up = demand.scaled and demand.d_weight and plan.rows < demand.tokens
+    added_up = demand.d_weight and plan.rows < demand.tokens
     return logits + (4 * balance / plan.rows if added_up else 0)
 
 

@@ -426,10 +426,8 @@ def linear_distill(
     rows, *, class_weight, label_weight, row_scale, needs, chunks, keep_float32, dtype, logit_scale, softcap,
     teacher_logit_scale, teacher_softcap, vocab, vocab_start, group, **options,
 ):
-    from ssd_core.kernels import tiled, tiled_distill
-
     make = _distill_rows(ids, probs, labels, class_weight, label_weight, input.device, vocab=vocab, **options)
-    by_tiles = chunks.route == "tiled"
+    tiled = chunks.route == "tiled"
     teacher_head = buffer = None
     extent = 0 if teacher_logits is None else teacher_logits.shape[1]
     if teacher_logits is not None and teacher_logits.stride(1) != 1:
@@ -438,25 +436,34 @@ def linear_distill(
         teacher_head = _head(teacher_input, teacher_weight, teacher_bias, teacher_logit_scale, teacher_softcap,
                              teacher_input.dtype, chunks)
         extent = len(teacher_weight)
-        buffer = None if by_tiles else teacher_input.new_empty(
+        buffer = None if tiled else teacher_input.new_empty(
             min(chunks.rows, len(input)), min(chunks.tile, extent), dtype=teacher_head.output_dtype)
 
     def make_pass(index, part):
         found = make(index, part.stop - part.start, _taken(row_scale, part))
+        if tiled:
+            return _tiled_distill(found, teacher_logits, teacher_head, index)
         if ids is not None:
-            return KernelPass(found, _reduce_sparse_distill) if not by_tiles else TiledPass(
-                found, _reduce_sparse_distill, _look_sparse_distill, tiled_distill.slope)
-        if by_tiles:
-            return TaughtTiles(found, tiled.Logits(teacher_logits) if teacher_head is None else tiled.Head(
-                teacher_head.input[index].to(teacher_head.dtype), teacher_head.weight, teacher_head.bias, 0,
-                teacher_head.scale, teacher_head.softcap))
+            return KernelPass(found, _reduce_sparse_distill)
         return TaughtPass(found, teacher_logits, teacher_head, index, teacher_logit_scale, teacher_softcap, buffer)
 
     results, *grads = heads.run(
         _head(input, linear_weight, linear_bias, logit_scale, softcap, dtype, chunks), make_pass, rows,
         scaled=row_scale is not None, needs=needs, chunks=chunks, keep_float32=keep_float32, group=group,
-        vocab_start=vocab_start, extent=extent, kind=Tiles if by_tiles else heads.Chunk)
+        vocab_start=vocab_start, extent=extent, kind=Tiles if tiled else heads.Chunk)
     return *results, *grads
+
+
+def _tiled_distill(rows, teacher_logits, teacher_head, index):
+    from ssd_core.kernels import tiled, tiled_distill
+
+    if rows.ids is not None:
+        return TiledPass(rows, _reduce_sparse_distill, _look_sparse_distill, tiled_distill.slope)
+    if teacher_head is None:
+        return TaughtTiles(rows, tiled.Logits(teacher_logits))
+    dtype = torch.float32 if teacher_head.dtype.itemsize > 4 else teacher_head.dtype        # of tiles, at most
+    return TaughtTiles(rows, tiled.Head(teacher_head.input[index].to(dtype), teacher_head.weight, teacher_head.bias, 0,
+                                        teacher_head.scale, teacher_head.softcap))
 
 
 def distill(

@@ -77,7 +77,6 @@ def _linear_cross_entropy(
         len(input) if rows is None else len(rows), input.shape[1],
         groups.largest(len(linear_weight), input.device, group), ids.shape[1], dtype, input.device,
         gathered=rows is not None, cast=tokens.packed(linear_weight, dtype), d_weight=needs[1],
-        scaled=row_scale is not None and any(needs),
         ranks=groups.size(group), summed=len(input) if process_group else 0,
         softcap=numbers.softcap > 0, smoothing=numbers.label_smoothing > 0,
         dense=dense is not None, looks=int(dense is None),

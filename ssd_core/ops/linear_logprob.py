@@ -51,7 +51,6 @@ def _linear_logprob(
         groups.largest(len(linear_weight), input.device, group), 1, dtype, input.device, gathered=rows is not None,
         cast=tokens.packed(linear_weight, dtype), buffers=6 + (temperature != 1) + (softcap > 0),
         ranks=groups.size(group), summed=len(input) if process_group else 0, d_weight=needs[1],
-        scaled=row_scale is not None and any(needs),
         wide_input=input.dtype.itemsize == 2 and bool(process_group))
     demand = serving.counted(demand)
     with tokens.without_autocast(input.device):

@@ -263,6 +263,19 @@ def test_mass_where_the_other_has_none_is_infinite(backend, kind, more, divergen
 
 
 @each_backend
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
+def test_an_id_that_is_all_but_excluded_makes_no_nan(backend, divergence):
+    """One side's probability of some ids is e^-200, the other has none: infinite, or nothing where it underflows, also
+    where a sum begins with it."""
+    certain, other = torch.zeros(600), torch.zeros(600)
+    certain[150], other[::70] = 200, -torch.inf
+    teacher, student = (certain, other) if divergence == "forward_kl" else (other, certain)
+    loss = linear_distill(torch.ones(3, 1), student.unsqueeze(-1), TeacherLogits(teacher.expand(3, -1)),
+                          divergence=divergence, reduction="none", backend=backend)
+    assert (loss == torch.inf).all() or error(loss, F.cross_entropy(other, torch.tensor(150)).expand(3)) < 1e-6
+
+
+@each_backend
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
 def test_a_teacher_that_is_the_student_has_nothing_to_teach(backend, divergence):
     x, w, b, _ = problem()

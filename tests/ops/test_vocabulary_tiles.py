@@ -141,6 +141,9 @@ def test_plans_keep_to_the_budget_or_say_what_is_needed(demand, workspace):
     except ValueError as refusal:
         least = int(re.search(r"expected at least (\d+) for ", str(refusal))[1])
         assert str(refusal).endswith(f"got {budget}") and least > budget
+        assert plan_chunks(demand, least).rows == 1
+        with pytest.raises(ValueError, match=f"expected at least {least} for "):
+            plan_chunks(demand, least - 1)
         return
     assert plan.route == "chunked" and 1 <= plan.rows <= max(1, demand.tokens)
     assert 1 <= plan.tile <= demand.vocab and 1 <= plan.columns <= demand.vocab
@@ -200,7 +203,6 @@ TIGHT = dataclasses.replace(ROUTES, vocab=262144)
     (ROUTES, 4096 * MIB, "chunked"),                                            # three products, and all logits at once
     (TIGHT, 512 * MIB, "tiled"),                                                # 512 rows: d_weight is added up often
     (dataclasses.replace(TIGHT, d_weight=False), 512 * MIB, "chunked"),         # of a frozen head it is not
-    (dataclasses.replace(ROUTES, scaled=False), 4096 * MIB, "tiled"),           # one product, and no logits are moved
     (dataclasses.replace(ROUTES, hidden=576), 4096 * MIB, "tiled"),             # moving them costs more than computing
     (dataclasses.replace(ROUTES, dtype=torch.float32), 4096 * MIB, "chunked"),  # which without tensor cores is slow
     (dataclasses.replace(ROUTES, tiled=None, hidden=576), 4096 * MIB, "chunked")])
@@ -219,10 +221,9 @@ def test_a_route_that_is_none_is_refused(monkeypatch):
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
-@given(demands, st.sampled_from([None, 1000, 4 * MIB, 64 * MIB, 512 * MIB]), st.booleans())
-def test_tiled_plans_keep_to_the_budget_or_say_what_is_needed(demand, workspace, scaled):
-    demand = dataclasses.replace(
-        demand, filtered=False, buffers=0, logits=1, wide_logits=True, tiled=ROUTES.tiled, scaled=scaled)
+@given(demands, st.sampled_from([None, 1000, 4 * MIB, 64 * MIB, 512 * MIB]))
+def test_tiled_plans_keep_to_the_budget_or_say_what_is_needed(demand, workspace):
+    demand = dataclasses.replace(demand, filtered=False, buffers=0, logits=1, wide_logits=True, tiled=ROUTES.tiled)
     budget = workspace or plans.DEFAULT_WORKSPACE.get(demand.device.type, plans.ACCELERATOR_WORKSPACE)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SSD_CORE_ROUTE", "tiled")
@@ -230,14 +231,13 @@ def test_tiled_plans_keep_to_the_budget_or_say_what_is_needed(demand, workspace,
             plan = plan_chunks(demand, workspace)
         except ValueError as refusal:
             least = int(re.search(r"expected at least (\d+) for ", str(refusal))[1])
-            assert least > budget and plan_chunks(demand, 2 * least).rows >= 1
+            assert least > budget and plan_chunks(demand, least).rows == 1
+            with pytest.raises(ValueError, match=f"expected at least {least} for "):
+                plan_chunks(demand, least - 1)
             return
     assert plan.route == "tiled" and 1 <= plan.rows <= max(1, demand.tokens) and 1 <= plan.tile <= demand.vocab
     lean = dataclasses.replace(demand, wide_logits=False)
-    assert taken(lean, plan, budget) - (not scaled) * plan.rows * plan.tile * demand.dtype.itemsize + demand.tiled(
-        plan.rows) <= budget
-    if not scaled:
-        assert plan.tile == demand.vocab
+    assert taken(lean, plan, budget) + demand.tiled(plan.rows) <= budget
 
 
 def test_a_tile_that_is_wider_than_a_block_is_counted():
