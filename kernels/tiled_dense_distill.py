@@ -139,6 +139,7 @@ def _terms(
     row_tiles, blocks = tl.cdiv(rows, BLOCK_N), tl.cdiv(tl.maximum(columns, t_columns), BLOCK_V)
     for item in range(tl.program_id(0), row_tiles * spans, tl.num_programs(0)):
         row_tile, span, row, there = work_of(item, row_tiles, spans, rows, GROUP, BLOCK_N)
+        top, log_total, t_top, t_log_total = _normalisers(state_ptr + row * ds.STATE, there)
         value = tl.zeros([BLOCK_N], tl.float32)
         own = value
         for block in range(span * blocks // spans, (span + 1) * blocks // spans):
@@ -147,7 +148,6 @@ def _terms(
                 v_stride, v_inner, t_bias_ptr, tokens_ptr, first_token, row_tile, row, there, block, rows, columns,
                 t_columns, hidden, t_hidden, scale, softcap, t_scale, t_softcap, HAS_BIAS, HAS_SOFTCAP, T_HEAD,
                 T_HAS_BIAS, T_HAS_SOFTCAP, HAS_TOKENS, TMA, PRECISION, BLOCK_N, BLOCK_V, BLOCK_D)
-            top, log_total, t_top, t_log_total = _normalisers(state_ptr + row * ds.STATE, there)
             values, pulls = divergence_terms(
                 t * inverse_temperature - t_top - t_log_total, c * inverse_temperature - top - log_total, beta, KIND)
             value += tl.sum(values, 1)

@@ -171,11 +171,10 @@ def _plan_tiles(demand: Demand, workspace_bytes: int) -> ChunkPlan:
 
     least = _least_of_tiles(demand)
     expect(least <= workspace_bytes, "workspace_bytes", f"at least {least} for {narrowest} logits", workspace_bytes)
-    for (columns, product), span in itertools.product(
-            _product_columns(demand, workspace_bytes), (min(demand.vocab, SPAN), narrowest)):
-        rows = fit(max(1, demand.tokens), functools.partial(_bytes_of_tiles, demand, product, tile=span))
-        if rows:
-            break
+    attempts = itertools.product(_product_columns(demand, workspace_bytes), (min(demand.vocab, SPAN), narrowest))
+    rows, columns, product = next(
+        (rows, columns, product) for (columns, product), span in attempts
+        if (rows := fit(max(1, demand.tokens), functools.partial(_bytes_of_tiles, demand, product, tile=span))))
     tile = demand.vocab         # whose gradients need no sum
     if _bytes_of_tiles(demand, product, rows, tile) > workspace_bytes:
         tile = fit(tile - 1, functools.partial(_bytes_of_tiles, demand, product, rows))

@@ -22,7 +22,7 @@ FIELDS = ("logprob", "sampling_logprob", "kept_mass", "entropy")
 
 def few(rows):
     """Rows where the interpreter's time counts."""
-    return max(1, rows // 200) if INTERPRETED else rows
+    return max(1, rows // 400) if INTERPRETED else rows
 
 
 def make(rows, vocab, dtype=torch.float32, seed=0, scale=2.0):
