@@ -25,7 +25,7 @@ from .tiled_distill import look_at_labels, options_of, store_labels, tile_label_
 
 @triton.jit
 def _both_logits(
-    x_ptr, x_stride, x_inner, w_ptr, w_stride, w_inner, bias_ptr, t_ptr, t_stride, t_inner, v_ptr, v_stride, v_inner,
+    x_ptr, x_row, x_inner, w_ptr, w_row, w_inner, bias_ptr, t_ptr, t_row, t_inner, v_ptr, v_row, v_inner,
     t_bias_ptr, tokens_ptr, first_token, row_tile, row, there, block, rows, columns, t_columns, hidden, t_hidden, scale,
     softcap, t_scale, t_softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, T_HEAD: tl.constexpr,
     T_HAS_BIAS: tl.constexpr, T_HAS_SOFTCAP: tl.constexpr, HAS_TOKENS: tl.constexpr, TMA: tl.constexpr,
@@ -33,15 +33,15 @@ def _both_logits(
 ):
     """The columns of a tile, and its logits but for the temperature, the student's and the teacher's."""
     j, c = logits(
-        x_ptr, x_stride, x_inner, w_ptr, w_stride, w_inner, bias_ptr, row_tile, block, rows, columns, hidden, scale,
+        x_ptr, x_row, x_inner, w_ptr, w_row, w_inner, bias_ptr, row_tile, block, rows, columns, hidden, scale,
         softcap, HAS_BIAS, HAS_SOFTCAP, TMA, PRECISION, BLOCK_N, BLOCK_V, BLOCK_D)
     if T_HEAD:
         j, t = logits(
-            t_ptr, t_stride, t_inner, v_ptr, v_stride, v_inner, t_bias_ptr, row_tile, block, rows, t_columns, t_hidden,
+            t_ptr, t_row, t_inner, v_ptr, v_row, v_inner, t_bias_ptr, row_tile, block, rows, t_columns, t_hidden,
             t_scale, t_softcap, T_HAS_BIAS, T_HAS_SOFTCAP, TMA, PRECISION, BLOCK_N, BLOCK_V, BLOCK_D)
     else:
         token = tl.load(tokens_ptr + row, mask=there, other=0) if HAS_TOKENS else row + first_token
-        t = load_logits(t_ptr + token[:, None] * t_stride, t_bias_ptr, j, there[:, None] & (j < t_columns), t_scale,
+        t = load_logits(t_ptr + token[:, None] * t_row, t_bias_ptr, j, there[:, None] & (j < t_columns), t_scale,
                         t_softcap, T_HAS_BIAS, T_HAS_SOFTCAP)
     return j, c, t
 
