@@ -26,9 +26,9 @@ test-all: setup
 	$(RUN) pip install --quiet ziglang
 	$(RUN) pytest -m all
 
-# the part of it that asks of backend "triton" what the others are asked, by both routes, and compiles its kernels
+# the part of both that asks of backend "triton" what the others are asked, by both routes, and compiles its kernels
 test-triton: setup
-	$(RUN) pytest -m all tests/test_triton.py
+	$(RUN) pytest tests/test_triton.py
 
 # the part of it that AddressSanitizer and UndefinedBehaviorSanitizer watch, in build/sanitizers
 test-asan: setup

@@ -39,7 +39,7 @@ class Variant:
     name: str
     module: str
     function: str
-    launch: str                                 # of kernels.launch.ROWS or FILTER, or "[narrow |pairs of ]tiles" of it;
+    launch: str                                 # of kernels.launch.ROWS or FILTER, or "[narrow ][pairs of ]tiles";
                                                 # " held N": of a whole row, of which N numbers a column are kept
     types: tuple[tuple[str, str], ...] = ()
     flags: tuple[tuple[str, object], ...] = ()
@@ -50,11 +50,11 @@ def _variant(name, module, function, launch, types=None, targets=TARGETS, **flag
     return Variant(name, module, function, launch, tuple((types or {}).items()), tuple(flags.items()), targets)
 
 
-def _tiled(name, op, kernel, targets=TARGETS, dtype="bf16", launch="tiles", **flags):
-    """With the operands' dtype, or that of a descriptor of them."""
+def _tiled(name, op, kernel, targets=TARGETS, dtype="bf16", teacher=None, launch="tiles", **flags):
+    """With the operands' dtype, or that of a descriptor of them; a teacher's may be another."""
     types = {"x_ptr": dtype, "w_ptr": dtype, "ids_ptr": "*i64"}
     if flags.get("T_HEAD"):
-        types |= {"t_ptr": dtype, "v_ptr": dtype}
+        types |= {"t_ptr": teacher or dtype, "v_ptr": teacher or dtype}
     return _variant(name, f"tiled_{op}", f"_{kernel}", launch, types, targets, **{"PRECISION": "ieee", **flags})
 
 
@@ -79,10 +79,12 @@ def _tiled_variants():
             for teacher, given in (("hidden", {"T_HEAD": True}), ("dense", {})):
                 yield _tiled(f"tiled {name}, {teacher} teacher, {kernel}{through}", "dense_distill", kernel, targets,
                              launch="pairs of tiles", KIND=kind, **given, **flags)
-        for kernel in ("look", "slope"):
-            yield _tiled(f"tiled JSD, hidden teacher, {kernel}, all options{through}", "dense_distill", kernel, targets,
-                         launch="pairs of tiles", KIND=2, T_HEAD=True, T_HAS_BIAS=True, T_HAS_SOFTCAP=True, **labels,
-                         **flags)
+        head = {"T_HEAD": True, "T_HAS_BIAS": True, "T_HAS_SOFTCAP": True}
+        pairs = "narrow pairs of tiles" if through else "pairs of tiles"
+        for kernel, kind, name in (("look", 0, "forward KL"), ("look", 1, "reverse KL"), ("slope", 2, "JSD")):
+            for teacher, given in (("hidden", head), ("dense", {"HAS_TOKENS": True})):
+                yield _tiled(f"tiled {name}, {teacher} teacher, {kernel}, all options{through}", "dense_distill",
+                             kernel, targets, launch=pairs, KIND=kind, **given, **labels, **flags)
         yield _tiled(f"tiled log-probability, look{through}", "logprob", "look", targets, HAS_SOFTCAP=True, **flags)
         yield _tiled(f"tiled log-probability, slope{through}", "logprob", "slope", targets, HAS_SOFTCAP=True, **flags)
         for kernel in ("look", "slope"):
@@ -97,6 +99,9 @@ def _tiled_variants():
             yield _tiled(f"tiled JSD, hidden teacher, {kernel}, float32 {precision}", "dense_distill", kernel,
                          TARGETS if precision == "ieee" else TARGETS[:3], dtype="fp32", PRECISION=precision, KIND=2,
                          T_HEAD=True, launch="pairs of tiles")
+    for kernel, kind, name in (("look", 0, "forward KL"), ("slope", 2, "JSD")):
+        yield _tiled(f"tiled {name}, float32 hidden teacher, {kernel}", "dense_distill", kernel, teacher="fp32",
+                     T_HEAD=True, KIND=kind, launch="pairs of tiles")
     yield _variant("tiled cross-entropy, targets", "tiled_cross_entropy", "_targets", "targets", K=64, BLOCK_K=64,
                    **everything)
     once_more = {"LOOK": False, "GRADIENT": False, "CARRY": True, "K": 64, "BLOCK_K": 64}
@@ -278,12 +283,12 @@ def _launch(variant: Variant, target: str):
     if variant.launch == "targets":
         return "ids of a row", {}, {"num_warps": 1}
     if variant.launch.endswith("tiles"):
-        dtype = torch.float32 if dict(variant.types)["x_ptr"] == "fp32" else torch.bfloat16
+        dtype = torch.float32 if "fp32" in dict(variant.types).values() else torch.bfloat16
         kind = variant.launch.removesuffix("tiles").strip()
-        found = tiles_of(target, dtype, dict(variant.flags).get("TMA", False), pairs=kind == "pairs of")
-        found = found.narrow if kind == "narrow" else found
+        found = tiles_of(target, dtype, dict(variant.flags).get("TMA", False), pairs="pairs" in kind)
+        found = found.narrow if "narrow" in kind else found
         sizes = {"BLOCK_N": found.rows, "BLOCK_V": found.columns, "BLOCK_D": found.terms, "GROUP": found.group}
-        name = {"": "launch.TILES", "narrow": "launch.TILES.narrow", "pairs of": "launch.PAIRS"}[kind]
+        name = f"launch.{'PAIRS' if 'pairs' in kind else 'TILES'}" + ".narrow" * ("narrow" in kind)
         return name, sizes, {"num_warps": found.warps, "num_stages": found.stages}
     name, _, held = variant.launch.partition(" held ")
     hip = target.startswith("gfx")

@@ -69,7 +69,7 @@ class Work:
     seen: float
     written: float
     about: str
-    tiled: int = 0              # looks at tiles, if there is such a route, too
+    tiled: int = 0              # looks at tiles, the gradient's among them, if there is such a route, too
     active: float = 1.0         # of two products the share that is left, by kernels of ours
 
     def row_seconds(self, chip: Chip, tokens: int, vocab: int) -> float:
@@ -83,7 +83,7 @@ WORK = {
     "linear_cross_entropy": TILED_HEAD,
     "linear_distill": TILED_HEAD,
     "linear_distill_hidden": Work(
-        4, 0, 3, 4 + 4, 2, "JSD: both sides looked at three times (a KL: twice)", tiled=3),
+        4, 0, 3, 4 + 4, 2, "JSD: both sides looked at three times (a forward KL: twice)", tiled=3),
     "linear_logprob": TILED_HEAD,
     "grad_filter": Work(3, 0, 2, 4, 2 + 2, "exact floor; the gradient read once more for its moments", active=0.05),
     "softmax": Work(0, 2 + 2, 2, 2, 2, "looked at twice"),

@@ -51,6 +51,7 @@ TUNINGS = (
     Tuning("sample", ("sample_look", "sample")),
     Tuning("linear_cross_entropy", ("input*", "weight*", "moments", "select"), filtered=True),
     Tuning("linear_cross_entropy", ("tiles*",), route="tiled"),
+    Tuning("linear_distill_hidden", ("pairs*",), route="tiled"),
 )
 OPS = ", ".join(dict.fromkeys(tuning.op for tuning in TUNINGS))
 
@@ -106,9 +107,9 @@ def _tune(tuning: Tuning, case, rows, dtype, device, workspace, samples, end):
     weight = problem.case.weight
 
     def configuration(name):
-        if name.startswith("tiles"):
+        if name.startswith(("tiles", "pairs")):
             by_descriptor = launch.has_tensor_memory_accelerator(weight.device)
-            return launch.tiles(len(weight), weight.dtype, weight.device, by_descriptor)
+            return launch.tiles(len(weight), weight.dtype, weight.device, by_descriptor, name.startswith("pairs"))
         return launch.rows(name, len(weight)) if name in launch.ROWS else launch.products(name)
 
     def run(name, fields):

@@ -69,7 +69,7 @@ WIDE_TILES = Tiles(64, 64, 16, 2, 8)        # of float32 operands
 PAIRS = {
     "sm_80": Tiles(64, 64, 32, 3, 8), "sm_90": Tiles(128, 64, 64, 4, 8), "sm_100": Tiles(128, 64, 64, 4, 8),
     "gfx942": Tiles(128, 64, 64, 2, 8)}
-POINTER_PAIRS, WIDE_PAIRS = Tiles(128, 32, 64, 3, 8), Tiles(64, 32, 32, 2, 8)
+POINTER_PAIRS, WIDE_PAIRS = Tiles(64, 32, 64, 3, 4), Tiles(64, 32, 32, 2, 8)
 SMALL_TILES, LARGE_TILES = Tiles(16, 64, 16, 1, 1, 2, 6), Tiles(16, 8192, 64, 1, 1, 2, 6)
 
 # Blocks are as large as leaves two programs a multiprocessor, 128 registers a thread: see bench/resources.py.
@@ -108,7 +108,7 @@ def everything_tuned() -> dict[str, dict[str, dict[str, int]]]:
     path = tuned_file()
     if not path.exists():
         return {}
-    known = ROWS | FILTER | {f"tiles{8 * size}": POINTER_TILES for size in (2, 4)}
+    known = ROWS | FILTER | {f"{kind}{8 * size}": POINTER_TILES for kind in ("tiles", "pairs") for size in (2, 4)}
     try:
         found = json.loads(path.read_text())
         for op, fields in ((op, fields) for ops in found.values() for op, fields in ops.items()):
@@ -180,7 +180,7 @@ def tiles(
     else:
         major, _ = torch.cuda.get_device_capability(device)
         found = tiles_of(f"sm_{major}0" if major in (9, 10) else "sm_80", dtype, by_descriptor, pairs)
-    return found if pairs else with_tuned(found, f"tiles{8 * dtype.itemsize}", device)
+    return with_tuned(found, f"{'pairs' if pairs else 'tiles'}{8 * dtype.itemsize}", device)
 
 
 def has_tensor_memory_accelerator(device: torch.device) -> bool:

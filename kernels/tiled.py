@@ -261,5 +261,8 @@ def spans(rows: int, columns: int, found) -> int:
 
 def state_bytes(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> int:
     """Of all spans, at most."""
-    found = tiles(columns, dtype, device, by_descriptor=False).narrow   # none are smaller
-    return 4 * STATES * min(rows * triton.cdiv(columns, found.columns), found.items * found.rows + rows)
+    narrow = tiles(columns, dtype, device, by_descriptor=False).narrow
+    # beside a teacher, which may be wider
+    pairs = (tiles(columns, wide, device, by_descriptor=False, pairs=True) for wide in (dtype, torch.float32))
+    return 4 * STATES * max(min(rows * triton.cdiv(columns, found.columns), found.items * found.rows + rows)
+                            for found in (narrow, *pairs))

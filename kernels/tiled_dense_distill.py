@@ -1,15 +1,19 @@
 """Distillation from a dense teacher by tiles: state and slope of ``kernels.distill``, see ``kernels.tiled``.
 
 Beside a tile of the student's logits z, that of the teacher's t at the same rows and columns is computed from its
-hidden states, or read where its logits are given. Of a KL one look is enough: with a running maximum m of t,
+hidden states, or read where its logits are given. Of a KL one look is enough: with running maxima m of t and m' of z,
+and T and Z the sums of e^(t - m) and e^(z - m'),
 
-    KL(p | q) = sum_j p_j (t_j - z_j) - (lse t - lse z),        p_j = e^(t_j - m) / sum_k e^(t_k - m)
+    KL(p | q) = A / T - log(T / Z),     A = sum_j e^(t_j - m) ((t_j - m) - (z_j - m'))
 
-whose numerator sum_j e^(t_j - m) (t_j - z_j) is the state's VALUE until both lse are known. KL(q | p) is the same with
-both exchanged. A JSD has to know the lse first, and looks again.
+A is the state's VALUE until it is known of all columns. When the maxima rise by r and r', A becomes e^-r (A + T (r' -
+r)): no offset of a side enters it. KL(q | p) is the same with both exchanged. A JSD has to know T and Z first, and
+looks again.
 """
 
 from __future__ import annotations
+
+import dataclasses
 
 import torch
 import triton
@@ -95,15 +99,16 @@ def _look(
             z = c * inverse_temperature
             t *= inverse_temperature
             top, rise, shift = highest(top, z)
-            e = tl.exp(z - shift[:, None])
-            total = total * tl.exp(-rise) + tl.sum(e, 1)
-            if KIND == REVERSE:
-                apart = _fallen(apart, rise) + _weighted(e, z, t)
-            t_top, rise, shift = highest(t_top, t)
-            e = tl.exp(t - shift[:, None])
-            t_total = t_total * tl.exp(-rise) + tl.sum(e, 1)
+            t_top, t_rise, t_shift = highest(t_top, t)
+            z -= shift[:, None]
+            t -= t_shift[:, None]
+            e, t_e = tl.exp(z), tl.exp(t)
             if KIND == FORWARD:
-                apart = _fallen(apart, rise) + _weighted(e, t, z)
+                apart = _fallen(apart + t_total * (rise - t_rise), t_rise) + _weighted(t_e, t, z)
+            if KIND == REVERSE:
+                apart = _fallen(apart + total * (t_rise - rise), rise) + _weighted(e, z, t)
+            total = total * tl.exp(-rise) + tl.sum(e, 1)
+            t_total = t_total * tl.exp(-t_rise) + tl.sum(t_e, 1)
 
         tl.store(at + ds.TOP, top, mask=there)
         tl.store(at + ds.TOTAL, total, mask=there)
@@ -199,6 +204,7 @@ def _slope(
 
 def look(rows: ds.DistillRows, head: Head):
     """The state of each span (S, R, STATE). If a gradient is to come, there is room for ``rows.parts``."""
+    head = _narrow_where_needed(head, rows)
     state = unseen(head.spans(), rows.count, ds.STATE.value, maxima=(ds.TOP.value, ds.CE_TOP.value, ds.T_TOP.value),
                    absent=(ds.LABEL.value,), device=head.x.device)
     if rows.row_scale is not None:
@@ -220,20 +226,23 @@ def finish_divergence(rows: ds.DistillRows) -> None:
     """VALUE and OWN of a KL, from what the state of all spans holds; those of a JSD are there."""
     if rows.looks > 1:
         return
-    top, total, t_top, t_total, apart = (
-        rows.state[:, place.value] for place in (ds.TOP, ds.TOTAL, ds.T_TOP, ds.T_TOTAL, ds.VALUE))
-    further = t_top - top + (t_total.log() - total.log())           # lse t - lse z
-    value = apart / t_total - further if rows.forward else apart / total + further
+    total, t_total, apart = (rows.state[:, place.value] for place in (ds.TOTAL, ds.T_TOTAL, ds.VALUE))
+    weighing, other = (t_total, total) if rows.forward else (total, t_total)
+    value = apart / weighing - (weighing.log() - other.log())
     rows.state[:, ds.OWN.value] = -1.0 if rows.forward else value
     rows.state[:, ds.VALUE.value] = value
 
 
 def slope(rows: ds.DistillRows, head: Head, columns: slice, grad) -> None:
     """dloss/du of these columns into ``grad`` (R, C), once the state and ``rows.parts`` are known."""
-    part = head.part(columns)
+    part = _narrow_where_needed(head.part(columns), rows)
     _launch(_slope, triton.cdiv(len(part.weight), part.tiles.columns), rows, part, *_labels(rows, head, columns),
             rows.state, rows.parts, grad, grad.stride(0), first_id=part.first_id, beta=rows.options["beta"],
             **options_of(rows))
+
+
+def _narrow_where_needed(head: Head, rows: ds.DistillRows) -> Head:
+    return dataclasses.replace(head, narrow=rows.options["WITH_CE"] and head.by_descriptor)
 
 
 def _labels(rows: ds.DistillRows, head: Head, columns: slice = slice(None)) -> tuple:

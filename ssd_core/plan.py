@@ -67,6 +67,7 @@ class Demand:
     partial: int = 0            # sums of d_input that it adds up apart
     d_weight: bool = True       # a gradient of the weight is added up
     teacher_hidden: int = 0     # length of a teacher's hidden states
+    teacher_row: int = 0        # bytes of those that are copied
     softcap: bool = False
     smoothing: bool = False
     dense: bool = False         # class probabilities, or a teacher's
@@ -92,13 +93,12 @@ class Demand:
         """Bytes of one row of a chunk."""
         itemsize = self.dtype.itemsize
         # gathered or cast hidden states, their gradient, and a partial product of it
-        copied = self.gathered or self.cast
-        vectors = 1 + copied + (1 if itemsize > 2 else 2 if tile < self.vocab else 0)
+        vectors = 1 + (self.gathered or self.cast) + (1 if itemsize > 2 else 2 if tile < self.vocab else 0)
         filtered = 0
         if self.filtered:
             filtered = self.vocab // TILE * 40 + 3 * TILE * itemsize + (1 + self.partial) * self.hidden * 4
-        hidden = vectors * self.hidden + copied * self.teacher_hidden
-        return tile * self.logit_bytes() + self.support * 20 + hidden * itemsize + filtered
+        return (tile * self.logit_bytes() + self.support * 20 + vectors * self.hidden * itemsize + self.teacher_row
+                + filtered)
 
     def logit_bytes(self) -> int:
         return (wide_dtype(self.dtype) if self.wide_logits else self.dtype).itemsize * self.logits
@@ -120,16 +120,26 @@ def plan_chunks(demand: Demand, workspace_bytes: int | None) -> ChunkPlan:
         workspace_bytes = DEFAULT_WORKSPACE.get(demand.device.type, ACCELERATOR_WORKSPACE)
     if demand.held is not None:
         return _plan_panels(demand, workspace_bytes)
-    if demand.tiled is None:
-        return _plan_chunks(demand, workspace_bytes)
-    named = os.environ.get("SSD_CORE_ROUTE")
-    one_of(named or "chunked", "SSD_CORE_ROUTE", ROUTES)
-    if named == "tiled":
-        return _plan_tiles(demand, workspace_bytes)
-    chunks = _plan_chunks(demand, workspace_bytes)      # which need less at the least
-    if named == "chunked" or _least_of_tiles(demand) > workspace_bytes:
-        return chunks
-    return min(chunks, _plan_tiles(demand, workspace_bytes), key=lambda plan: _route_cost(demand, plan))
+    routes = {"chunked": (_plan_chunks, _bytes_of_chunks)}
+    if demand.tiled is not None:
+        routes["tiled"] = _plan_tiles, _bytes_of_tiles
+        named = os.environ.get("SSD_CORE_ROUTE")
+        one_of(named or "chunked", "SSD_CORE_ROUTE", ROUTES)
+        routes = {named: routes[named]} if named else routes
+    least = {route: _least(demand, bytes_of) for route, (_, bytes_of) in routes.items()}
+    whole_rows = f"the gradient filter, which looks at whole rows of {demand.vocab} logits"
+    what = whole_rows if demand.filtered else f"{min(demand.vocab, NARROWEST)} logits"
+    expect(min(least.values()) <= workspace_bytes, "workspace_bytes", f"at least {min(least.values())} for {what}",
+           workspace_bytes)
+    plans = [plan(demand, workspace_bytes) for route, (plan, _) in routes.items() if least[route] <= workspace_bytes]
+    return plans[0] if len(plans) == 1 else min(plans, key=lambda plan: _route_cost(demand, plan))
+
+
+def _least(demand: Demand, bytes_of: Callable[[Demand, int, int, int], int]) -> int:
+    """Of one row and the thinnest product: of few columns, or of all, where that is less."""
+    _, product = _product_columns(demand, 0)[-1]
+    narrowest = demand.vocab if demand.filtered else min(demand.vocab, NARROWEST)
+    return min(bytes_of(demand, product, 1, tile) for tile in (narrowest, demand.vocab))
 
 
 def _plan_chunks(demand: Demand, workspace_bytes: int) -> ChunkPlan:
@@ -137,17 +147,18 @@ def _plan_chunks(demand: Demand, workspace_bytes: int) -> ChunkPlan:
     for columns, product in _product_columns(demand, workspace_bytes):
         free = workspace_bytes - demand.fixed() - product
         whole = min(tokens, (free - demand.row_pass(vocab)) // demand.row(vocab))
-        if tokens <= max(whole, 0) or (demand.filtered and whole >= 1):
+        if tokens <= max(whole, 0):
             return ChunkPlan(max(whole, 1), columns, vocab)
         rows, tile = (0, 0) if demand.filtered else _square(demand, free)
-        if rows >= 1:
-            few = whole < 1 or _cost(demand, whole, 0) > _cost(demand, rows, demand.passes)
-            return ChunkPlan(rows, columns, tile) if few else ChunkPlan(whole, columns, vocab)
-    narrowest = vocab if demand.filtered else min(vocab, NARROWEST)
-    what = f"the gradient filter, which looks at whole rows of {vocab} logits" if demand.filtered else (
-        f"{narrowest} logits")
-    least = workspace_bytes - free + demand.row_pass(narrowest) + demand.row(narrowest)
-    raise ValueError(f"workspace_bytes: expected at least {least} for {what}, got {workspace_bytes}")
+        if rows and (whole < 1 or _cost(demand, whole, 0) > _cost(demand, rows, demand.passes)):
+            return ChunkPlan(rows, columns, tile)
+        if whole >= 1:
+            break
+    return ChunkPlan(whole, columns, vocab)
+
+
+def _bytes_of_chunks(demand: Demand, product: int, rows: int, tile: int) -> int:
+    return demand.fixed() + product + demand.row_pass(tile) + rows * demand.row(tile)
 
 
 def _product_columns(demand: Demand, workspace_bytes: int) -> list[tuple[int, int]]:
@@ -164,14 +175,11 @@ def _product_columns(demand: Demand, workspace_bytes: int) -> list[tuple[int, in
 def _plan_tiles(demand: Demand, workspace_bytes: int) -> ChunkPlan:
     """The tiled route: all tokens and as many columns of their gradient as fit, or as many tokens as leave room for
     ``SPAN`` of them."""
-    narrowest = min(demand.vocab, NARROWEST)
-
     def fit(most, bytes_of):
         return _fit(most, workspace_bytes, bytes_of)
 
-    least = _least_of_tiles(demand)
-    expect(least <= workspace_bytes, "workspace_bytes", f"at least {least} for {narrowest} logits", workspace_bytes)
-    attempts = itertools.product(_product_columns(demand, workspace_bytes), (min(demand.vocab, SPAN), narrowest))
+    spans = min(demand.vocab, SPAN), min(demand.vocab, NARROWEST), demand.vocab
+    attempts = itertools.product(_product_columns(demand, workspace_bytes), spans)
     rows, columns, product = next(
         (rows, columns, product) for (columns, product), span in attempts
         if (rows := fit(max(1, demand.tokens), functools.partial(_bytes_of_tiles, demand, product, tile=span))))
@@ -182,11 +190,6 @@ def _plan_tiles(demand: Demand, workspace_bytes: int) -> ChunkPlan:
     return ChunkPlan(rows, columns, tile, route="tiled")
 
 
-def _least_of_tiles(demand: Demand) -> int:
-    _, product = _product_columns(demand, 0)[-1]
-    return _bytes_of_tiles(demand, product, 1, min(demand.vocab, NARROWEST))
-
-
 def _bytes_of_tiles(demand: Demand, product: int, rows: int, tile: int) -> int:
     lean = dataclasses.replace(demand, wide_logits=False, logits=1)
     return lean.fixed() + product + demand.tiled(rows) + rows * lean.row(tile)
@@ -194,7 +197,7 @@ def _bytes_of_tiles(demand: Demand, product: int, rows: int, tile: int) -> int:
 
 def _route_cost(demand: Demand, plan: ChunkPlan) -> float:
     """What differs between two routes, in products: how often logits are computed and what that moves, a teacher's like
-    the student's, and d_weight added up over chunks. Of a call without gradients it is the same, and so are results."""
+    the student's, and d_weight added up over chunks. Whether any other gradient is wanted changes nothing."""
     itemsize = demand.dtype.itemsize
     balance = BALANCE[itemsize][demand.device.type != "cpu"]
     if plan.route == "tiled":

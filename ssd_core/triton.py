@@ -148,8 +148,12 @@ def _reduced_sums(top, sums, over):
 
 def _reduced_below(below, weight, top, most, over):
     """sum_j a_j (max - z_j) and sum_j a_j, whose maximum rose from top to most."""
-    rise = torch.where(top == -torch.inf, 0, most - top)
-    return over(torch.stack((below + weight * rise, weight)), "sum")
+    return over(torch.stack((below + weight * _rise(top, most), weight)), "sum")
+
+
+def _rise(top, most):
+    """From -inf, where nothing was, by nothing."""
+    return torch.where(top == -torch.inf, 0, most - top)
 
 
 def _largest(top, over):
@@ -341,7 +345,7 @@ def logprob(logits, ids, rows, *, row_scale, logit_scale, softcap, temperature):
 def _reduce_logprob(rows, over, step) -> None:
     top, total, below, z_y, argmax = rows.state.unbind(-1)
     most = over(top, "max")
-    rise = torch.where(top == -torch.inf, 0, most - top)
+    rise = _rise(top, most)
     sums = over(torch.stack((total, below - rise * total)) * torch.exp(-rise), "sum")
     # the lowest id of those that have the maximum, or of all if there is none but NaN
     lowest = over(torch.where(top < most, -torch.inf, -argmax), "max")
@@ -391,7 +395,7 @@ class TaughtTiles(TiledPass):
     def __init__(self, rows, teacher):
         from ssd_core.kernels.tiled_dense_distill import slope
 
-        super().__init__(rows, _reduce_dense_distill, _look_dense_distill, slope, teacher)
+        super().__init__(rows, _reduce_dense_tiles, _look_dense_distill, slope, teacher)
         self.passes = rows.looks
 
     def finish(self):
@@ -449,7 +453,7 @@ def linear_distill(
 
     results, *grads = heads.run(
         _head(input, linear_weight, linear_bias, logit_scale, softcap, dtype, chunks), make_pass, rows,
-        scaled=row_scale is not None, needs=needs, chunks=chunks, keep_float32=keep_float32, group=group,
+        scaled=row_scale is not None and any(needs), needs=needs, chunks=chunks, keep_float32=keep_float32, group=group,
         vocab_start=vocab_start, extent=extent, kind=Tiles if tiled else heads.Chunk)
     return *results, *grads
 
@@ -498,7 +502,8 @@ def _look_dense_distill(rows, tiles, step) -> None:
     if step == 0:
         spans = look(rows, tiles)
         rows.state = spans[0].clone()
-        _reduce_dense(rows.state, spans, _over_spans, rows.forward)
+        _reduce_both(rows.state, spans, _over_spans)
+        _reduce_apart(rows, spans, _over_spans)
     else:
         rows.state[:, 9:11] = terms(rows, tiles).sum(0)
 
@@ -513,19 +518,33 @@ def _reduce_sparse_distill(rows, over, step) -> None:
 def _reduce_dense_distill(rows, over, step) -> None:
     state = rows.state.clone()
     if step == 0:
-        _reduce_dense(state, rows.state, over, rows.forward)
+        _reduce_both(state, rows.state, over)
     else:
         state[:, 9:11] = over(rows.state[:, 9:11], "sum")
     rows.state = state
 
 
-def _reduce_dense(state, mine, over, forward) -> None:
-    """Of both sides; and what tiles have summed of a KL, relative to the maximum of the side that weighs it."""
+def _reduce_dense_tiles(rows, over, step) -> None:
+    mine = rows.state
+    _reduce_dense_distill(rows, over, step)
+    if step == 0:
+        _reduce_apart(rows, mine, over)
+
+
+def _reduce_both(state, mine, over) -> None:
     _reduce_student(state, mine, over)
     state[:, 7], state[:, 8] = _reduced_sums(mine[..., 7], mine[..., 8], over)
-    top = mine[..., 7 if forward else 0]
-    fall = torch.exp(top - _largest(top, over)[1])
-    state[:, 9] = over((mine[..., 9] * fall).masked_fill(fall == 0, 0), "sum")      # it may be infinite
+
+
+def _reduce_apart(rows, mine, over) -> None:
+    """What tiles have summed of a KL, once the maxima are known: see ``kernels.tiled_dense_distill``."""
+    if rows.looks > 1:
+        return
+    weighing, other = (7, 0) if rows.forward else (0, 7)
+    rise, risen = (_rise(mine[..., side], rows.state[:, side]) for side in (weighing, other))
+    fall = torch.exp(-rise)
+    apart = (mine[..., 9] + mine[..., weighing + 1] * (risen - rise)) * fall
+    rows.state[:, 9] = over(apart.masked_fill(fall == 0, 0), "sum")                 # it may be infinite
 
 
 def _reduce_student(state, mine, over) -> None:

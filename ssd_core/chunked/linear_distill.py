@@ -34,6 +34,6 @@ def linear_distill(
             wide=wide_dtype(dtype), device=input.device, vocab=vocab, vocab_start=vocab_start, **options)
 
     results, *grads = heads.run(
-        head, make_pass, rows, scaled=row_scale is not None, needs=needs, chunks=chunks, keep_float32=keep_float32,
-        group=group, vocab_start=vocab_start, extent=extent)
+        head, make_pass, rows, scaled=row_scale is not None and any(needs), needs=needs, chunks=chunks,
+        keep_float32=keep_float32, group=group, vocab_start=vocab_start, extent=extent)
     return *results, *grads

@@ -77,12 +77,17 @@ def _linear_distill(
     wide = next((len(t) if t is teacher_weight else t.shape[1] for t in (teacher_logits, teacher_weight)
                  if t is not None), 0)
     numbers = Options(*options)
+    teacher_row = 0
+    if teacher_input is not None:       # some of them, or in float32 where kernels multiply no float64
+        size = teacher_input.element_size()
+        teacher_row = teacher_input.shape[1] * ((size if rows is not None else 0) + (4 if size > 4 else 0))
     demand = Demand(
         len(input) if rows is None else len(rows), input.shape[1],
         groups.largest(max(len(linear_weight), wide), input.device, group), 0 if ids is None else 2 * ids.shape[1],
         dtype, input.device, gathered=rows is not None, cast=tokens.packed(linear_weight, dtype),
         logits=1 if teacher_input is None else 2, passes=2 if ids is None else 1,
-        teacher_hidden=0 if teacher_input is None else teacher_input.shape[1],
+        teacher_hidden=0 if teacher_input is None else teacher_input.shape[1], teacher_row=teacher_row,
+        # of tiles as kernels.distill.DistillRows.looks
         dense=ids is None, looks=2 if ids is None and divergence == "jsd" and 0 < numbers.beta < 1 else 1,
         ranks=groups.size(group), summed=len(input) if process_group else 0, d_weight=needs[1],
         wide_input=input.dtype.itemsize == 2 and bool(process_group),

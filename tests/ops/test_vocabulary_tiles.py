@@ -125,7 +125,7 @@ def taken(demand, plan, workspace):
 
 demands = st.builds(
     Demand, tokens=st.sampled_from([0, 1, 2, 37, 2048, 32768]), hidden=st.sampled_from([1, 64, 576, 4096]),
-    vocab=st.sampled_from([1, 7, 600, 49152, 262144, MILLION]), support=st.sampled_from([1, 20]),
+    vocab=st.sampled_from([1, 7, 64, 100, 600, 49152, 262144, MILLION]), support=st.sampled_from([1, 20]),
     dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
     device=st.sampled_from([torch.device("cpu"), torch.device("cuda")]), gathered=st.booleans(), cast=st.booleans(),
     logits=st.sampled_from([1, 2]), buffers=st.sampled_from([5, 6, 10]), passes=st.sampled_from([1, 2]),
