@@ -55,9 +55,8 @@ def test_the_tiled_route_in_the_interpreter():
 
 @pytest.mark.all
 @pytest.mark.parametrize(("files", "choice"), [
-    ([f"tests/ops/test_{name}.py" for name in ("linear_cross_entropy", "linear_distill", "linear_logprob",
-                                               "process_group")], PRECISE),
-    (["tests/ops/test_every_op.py"], f"{PRECISE} and {HEADS}"),
+    ([f"tests/ops/test_{name}.py" for name in ("linear_cross_entropy", "linear_distill", "linear_logprob", "every_op",
+                                               "process_group")], f"{PRECISE} and ({HEADS} or process_group)"),
     (["tests/ops"], f"triton and float16 and {HEADS} and (results_and_gradients or autocast or any_chunks)")])
 def test_the_shared_suite_by_the_tiled_route(files, choice):
     run_tests(files=files, choice=choice, TRITON_INTERPRET="1", SSD_CORE_ROUTE="tiled")
@@ -126,10 +125,12 @@ class Made(TorchDispatchMode):
 
 n, d, v = 48, 16, 1000
 x, w, target = problem(n, d, v)
+t_x, t_w, _ = problem(n, 24, v - 7)
 plan.SPAN, budget = 128, 90_000
 for scaled in (False, True):
-  for op in ("cross_entropy", "distill"):
-    demand = plan.Demand(n, d, v, 3 if op == "cross_entropy" else 6, x.dtype, x.device)
+  for op in ("cross_entropy", "sparse", "hidden"):
+    dense = {"logits": 2, "dense": True, "looks": 2} if op == "hidden" else {}
+    demand = plan.Demand(n, d, v, {"cross_entropy": 3, "sparse": 6, "hidden": 0}[op], x.dtype, x.device, **dense)
     demand = plan.dataclasses.replace(demand, **triton.linear_bytes(demand))
     chunks = plan.plan_chunks(demand, budget)
     assert chunks.route == "tiled" and chunks.rows == n and chunks.tile < v, chunks
@@ -143,10 +144,12 @@ for scaled in (False, True):
                 x, w, None, target.ids, target.probs, None, None, grad_filter=0.0, grad_filter_weight=0.0,
                 one_sign=True, vocab_order=None, bucket=False, **common)
         else:
+            taught = (target.ids, target.probs / 4, None, None, None, None)
+            taught = (None, None, None, t_x, t_w, None) if op == "hidden" else taught
             triton.linear_distill(
-                x, w, None, target.ids, target.probs / 4, None, None, None, None, target.ids[:, 0], None,
-                teacher_logit_scale=1.0, teacher_softcap=0.0, divergence="forward_kl", beta=0.5, tail="bucket",
-                temperature_squared=False, ce_weight=0.5, with_ce=True, **common)
+                x, w, None, *taught, target.ids[:, 0], None, teacher_logit_scale=1.0, teacher_softcap=0.0,
+                divergence="jsd", beta=0.5, tail="bucket", temperature_squared=False, ce_weight=0.5, with_ce=True,
+                **common)
     assert max(made.sizes) < n * v * 4 / 2, made.sizes
     spans = -(-v // chunks.tile)
     returned = (n + v) * d * 4 if scaled else 0
