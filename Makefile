@@ -20,15 +20,15 @@ test: export OMP_WAIT_POLICY ?= PASSIVE
 test: setup
 	$(RUN) pytest -m "not all" -n 2
 
-# every instruction set, Triton's interpreter and its compiler for every target, sanitizers, other compilers, packaging in
-# environments of its own, killed and resumed runs
+# every instruction set, every target of Triton's compiler, sanitizers, other compilers, packaging in environments of its
+# own, killed and resumed runs
 test-all: setup
 	$(RUN) pip install --quiet ziglang
-	$(RUN) pytest -m all
+	$(RUN) pytest -m "all and not interpreted"
 
-# the part of both that asks of backend "triton" what the others are asked, by both routes, and compiles its kernels
+# all that the other backends are asked, of backend "triton" by both routes in Triton's interpreter
 test-triton: setup
-	$(RUN) pytest tests/test_triton.py
+	$(RUN) pytest -m interpreted
 
 # the part of it that AddressSanitizer and UndefinedBehaviorSanitizer watch, in build/sanitizers
 test-asan: setup

@@ -38,6 +38,7 @@ WHAT_ROUNDS = "triton and float16 and (results_and_gradients or autocast or spar
 
 
 @pytest.mark.all
+@pytest.mark.interpreted
 @pytest.mark.parametrize("choice", [PRECISE, WHAT_ROUNDS])
 def test_the_shared_suite_in_the_interpreter(choice):
     """All of it in float32, and in 16 bits what rounds: it is a thousand times slower than a GPU."""
@@ -54,6 +55,7 @@ def test_the_tiled_route_in_the_interpreter():
 
 
 @pytest.mark.all
+@pytest.mark.interpreted
 @pytest.mark.parametrize(("files", "choice"), [
     ([f"tests/ops/test_{name}.py" for name in ("linear_cross_entropy", "linear_distill", "linear_logprob", "every_op",
                                                "process_group")], f"{PRECISE} and ({HEADS} or process_group)"),
